@@ -1,0 +1,174 @@
+"""Denoisers: a network made into one, and exact ones that test everything.
+
+A denoiser is a function `(x, node) -> Prediction`. The exact ones are the expectation of clean data
+given noisy data, E[x0 | x], when the data's distribution is known in closed form. For a mixture
+x0 ~ sum_k w_k N(m_k, s_k²), noisy data at a node are again a mixture,
+
+    x ~ sum_k w_k N(alpha m_k, c_k),    c_k = alpha² s_k² + sigma²                         (1)
+
+and with r_k(x) the probability of component k given x,
+
+    E[x0 | x] = sum_k r_k (m_k + alpha s_k² / c_k (x - alpha m_k))                         (2)
+    score(x)  = sum_k r_k (alpha m_k - x) / c_k                                            (3)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from jaxdiff import rng
+from jaxdiff.base import Array, Denoiser, Network, Node, Prediction, PyTree
+from jaxdiff.predictions import Parameterization, check_signal
+from jaxdiff.schedules import NoiseSchedule
+
+
+def from_network(
+    apply_fn: Network,
+    params: PyTree,
+    schedule: NoiseSchedule,
+    parameterization: Parameterization,
+    cond: PyTree = None,
+) -> Denoiser:
+    """Makes a denoiser of a network.
+
+    Args:
+      apply_fn: `(params, x, noise_level, cond) -> output`, see `jaxdiff.base.Network`; it is told
+        the node's t as noise level, `(B,)`.
+      params: the network's parameters.
+      schedule: the schedule that the network was trained on.
+      parameterization: what the network's output means.
+      cond: the condition, a pytree of arrays `(B, ...)`, or None.
+
+    Returns:
+      The denoiser.
+
+    Raises:
+      ValueError: the schedule ends at zero signal-to-noise ratio, where the parameterization says
+        nothing about clean data (Lin et al. 2023).
+    """
+    check_signal(parameterization, schedule.ends_at_zero_snr)
+
+    def denoiser(x: Array, node: Node) -> Prediction:
+        noise_level = jnp.broadcast_to(node.t, x.shape[:1])
+        output = apply_fn(params, x, noise_level, cond)
+        return Prediction(parameterization.x0(output.astype(x.dtype), x, node))
+
+    return denoiser
+
+
+class Exact(NamedTuple):
+    """A distribution of clean data with all that is known of it in closed form.
+
+    Attributes:
+      denoiser: `(x, node) -> Prediction`, eq. (2).
+      score: `(x, node) -> (B, *event)`, the gradient of the log-density of noisy data, eq. (3).
+      log_density: `(x, node) -> (B,)`, the log-density of noisy data, in nats, eq. (1).
+      sample: `(key, num) -> (num, *event)`, clean data; sample i depends on key and i alone.
+    """
+
+    denoiser: Denoiser
+    score: Callable[[Array, Node], Array]
+    log_density: Callable[[Array, Node], Array]
+    sample: Callable[[Array, int], Array]
+
+
+def point_mass(x0: ArrayLike) -> Exact:
+    """All data are one point `(*event)`: every correct deterministic sampler is exact here."""
+    return gaussian(x0, 0.0)
+
+
+def gaussian(mean: ArrayLike, std: ArrayLike) -> Exact:
+    """Independent Gaussian coordinates.
+
+    Args:
+      mean: `(*event)`.
+      std: standard deviation, `()` or `(*event)`, not negative.
+
+    Raises:
+      ValueError: shapes do not fit or a standard deviation is negative.
+    """
+    return gaussian_mixture([1.0], np.asarray(mean)[None], np.asarray(std)[None])
+
+
+def gaussian_mixture(weights: ArrayLike, means: ArrayLike, stds: ArrayLike) -> Exact:
+    """A mixture of K Gaussians, each with independent coordinates.
+
+    Args:
+      weights: `(K,)`, positive, summing to one.
+      means: `(K, *event)`.
+      stds: standard deviations, `(K,)` or `(K, *event)`, not negative.
+
+    Raises:
+      ValueError: shapes do not fit, weights do not sum to one, or a standard deviation is negative.
+
+    Example:
+      >>> from jaxdiff import schedules
+      >>> mixture = gaussian_mixture([0.5, 0.5], [[-1.0], [1.0]], [0.1, 0.1])
+      >>> node = schedules.linear().at(100)
+      >>> mixture.denoiser(jnp.array([[0.8]]), node).x0
+      Array([[0.98...]], dtype=float32)
+    """
+    weights, means, stds = (np.asarray(a, np.float64) for a in (weights, means, stds))
+    _check_mixture(weights, means, stds)
+    stds = np.broadcast_to(stds.reshape(stds.shape + (1,) * (means.ndim - stds.ndim)), means.shape)
+    event_axes = tuple(range(2, means.ndim + 1))
+    # With an axis for the batch in front; float32, or float64 where that is enabled.
+    w, m, s = (jnp.asarray(a[None], float) for a in (weights, means, stds))
+
+    def components(x: Array, node: Node) -> tuple[Array, Array, Array, Node]:
+        if x.shape[1:] != means.shape[1:]:
+            raise ValueError(f"x must have shape (B, *{means.shape[1:]}), got {x.shape}")
+        x = x[:, None]
+        node = node.over(x)
+        # A point mass at a clean node has no density; it is given a width below all others.
+        variance = jnp.maximum((node.alpha * s) ** 2 + node.sigma**2, 1e-12)
+        offset = x - node.alpha * m
+        log_p = -0.5 * jnp.sum(
+            offset**2 / variance + jnp.log(2 * jnp.pi * variance), axis=event_axes
+        )
+        return jnp.log(w) + log_p, offset, variance, node
+
+    def mean_over_components(log_p: Array, values: Array) -> Array:
+        share = jax.nn.softmax(log_p, axis=1)
+        return jnp.sum(share.reshape(share.shape + (1,) * (values.ndim - 2)) * values, axis=1)
+
+    def denoiser(x: Array, node: Node) -> Prediction:
+        log_p, offset, variance, node = components(x, node)
+        return Prediction(
+            mean_over_components(log_p, m + node.alpha * s**2 / variance * offset).astype(x.dtype)
+        )
+
+    def score(x: Array, node: Node) -> Array:
+        log_p, offset, variance, _ = components(x, node)
+        return mean_over_components(log_p, -offset / variance)
+
+    def log_density(x: Array, node: Node) -> Array:
+        return jax.nn.logsumexp(components(x, node)[0], axis=1)
+
+    def sample(key: Array, num: int) -> Array:
+        keys = rng.per_example(key, jnp.arange(num))
+        u = rng.uniform(rng.stream(keys, rng.Stream.DATA, 0))
+        k = jnp.minimum(jnp.searchsorted(jnp.cumsum(w[0]), u, side="right"), weights.size - 1)
+        z = rng.normal(rng.stream(keys, rng.Stream.DATA, 1), means.shape[1:])
+        return m[0, k] + s[0, k] * z
+
+    return Exact(denoiser, score, log_density, sample)
+
+
+def _check_mixture(weights: np.ndarray, means: np.ndarray, stds: np.ndarray) -> None:
+    if weights.ndim != 1 or means.shape[:1] != weights.shape:
+        raise ValueError(
+            f"weights must be (K,) and means (K, *event), got {weights.shape} and {means.shape}"
+        )
+    if stds.shape not in (weights.shape, means.shape):
+        raise ValueError(f"stds must have shape {weights.shape} or {means.shape}, got {stds.shape}")
+    if np.any(weights <= 0) or not np.isclose(weights.sum(), 1):
+        raise ValueError(f"weights must be positive and sum to one, got {weights}")
+    if np.any(stds < 0):
+        raise ValueError(f"stds must not be negative, got {stds}")
