@@ -1,0 +1,252 @@
+"""The parts of a UNet: embedding, dropout, normalisation, blocks, changes of resolution.
+
+Everything takes `(B, *spatial, C)`, channels last, with any number of spatial axes; the number is
+read off the argument. Parameters are float32; `dtype` is what the products are computed in, while
+statistics and softmax stay float32.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+Array = jax.Array
+
+# Ho et al. 2020 draw every kernel so, but for those that end a residual branch, which start at 0.
+KERNEL_INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+ZERO_INIT = nn.initializers.zeros_init()
+
+
+def sinusoidal_embedding(noise_level: Array, dim: int) -> Array:
+    """Embeds noise levels as sines, then cosines, of geometrically spaced frequencies.
+
+        emb[:, i] = sin(t f_i),  emb[:, dim/2 + i] = cos(t f_i),  f_i = 10000^(-i / (dim/2 - 1))
+
+    Args:
+      noise_level: `(B,)`, int or float.
+      dim: the length of the embedding, even and at least 4.
+
+    Returns:
+      float32 `(B, dim)`.
+
+    Raises:
+      ValueError: `dim` is odd or less than 4.
+
+    Reference:
+      Vaswani et al. 2017, section 3.5, in the form of Ho et al. 2020's code.
+    """
+    if dim < 4 or dim % 2:
+        raise ValueError(
+            f"dim must be even and at least 4, got {dim}: half of it are sines, half cosines"
+        )
+    half = dim // 2
+    frequencies = np.exp(-math.log(10000.0) * np.arange(half) / (half - 1)).astype(np.float32)
+    angles = noise_level.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def per_example_dropout(x: Array, rate: float, keys: Array | None, salt: int) -> Array:
+    """Drops entries of each example with that example's own key.
+
+    The mask of example i depends on `keys[i]` and `salt` alone: on neither the batch it travels
+    in, nor sharding, nor microbatching.
+
+    Args:
+      x: `(B, ...)`.
+      rate: the probability of dropping an entry, in [0, 1); what stays is divided by `1 - rate`.
+      keys: typed keys `(B,)`, or None, which returns `x` as it is.
+      salt: which layer is asking, an int in [0, 2**32); static, distinct for each layer.
+
+    Returns:
+      Array like `x`.
+
+    Reference:
+      Srivastava et al. 2014, in the inverted form.
+    """
+    if keys is None or rate == 0.0:
+        return x
+    salt = np.uint32(salt)
+
+    def keep(key: Array) -> Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, salt), 1.0 - rate, x.shape[1:])
+
+    return jnp.where(jax.vmap(keep)(keys), x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def upsample_nearest(x: Array) -> Array:
+    """Doubles every spatial axis of `(B, *spatial, C)` by repeating entries.
+
+    A broadcast and a reshape: no gather, and its gradient is a sum.
+    """
+    batch, *spatial, channels = x.shape
+    split = [n for size in spatial for n in (size, 1)]
+    twice = [n for size in spatial for n in (size, 2)]
+    x = x.reshape(batch, *split, channels)
+    x = jnp.broadcast_to(x, (batch, *twice, channels))
+    return x.reshape(batch, *(2 * size for size in spatial), channels)
+
+
+def group_count(channels: int, num_groups: int, min_group_channels: int) -> int:
+    """Returns the largest number of groups, at most `num_groups`, that fits `channels`.
+
+    It divides `channels` and, where possible, leaves each group `min_group_channels`: a group of
+    one channel would subtract whatever was added to the channel, and with it the noise level.
+    """
+    most = max(1, min(num_groups, channels // min_group_channels))
+    return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu & He 2018) with float32 statistics.
+
+    One pass gathers every channel's mean and mean square, and the groups' are means of those; XLA
+    makes faster programs of it, on a CPU, than of means over groups. Before it each group is
+    shifted by its mean at the first position, so that an offset does not cancel the digits.
+
+    Attributes:
+      num_groups: the number of groups, at most; see `group_count`.
+      min_group_channels: how many channels a group has, at least.
+      epsilon: added to the variance.
+      dtype: of the result.
+    """
+
+    num_groups: int = 32
+    min_group_channels: int = 4
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalises `(B, *spatial, C)`."""
+        batch, *spatial, channels = x.shape
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
+        groups = group_count(channels, self.num_groups, self.min_group_channels)
+
+        def to_channels(per_group: Array) -> Array:
+            spread = jnp.broadcast_to(per_group, (batch, groups, channels // groups))
+            return spread.reshape(batch, 1, channels)
+
+        def mean_of_group(per_channel: Array) -> Array:
+            return jnp.mean(per_channel.reshape(batch, groups, -1), axis=-1, keepdims=True)
+
+        x = x.astype(jnp.float32).reshape(batch, math.prod(spatial), channels)
+        # The result does not depend on the shift, so no gradient goes through it.
+        x = x - jax.lax.stop_gradient(to_channels(mean_of_group(x[:, 0])))
+        mean = mean_of_group(jnp.mean(x, axis=1))
+        square = mean_of_group(jnp.mean(jnp.square(x), axis=1))
+        variance = jnp.maximum(square - jnp.square(mean), 0.0)
+        factor = to_channels(jax.lax.rsqrt(variance + self.epsilon)) * scale[None, None]
+        y = x * factor + (bias[None, None] - to_channels(mean) * factor)
+        return y.astype(self.dtype).reshape(batch, *spatial, channels)
+
+
+def convolution(features: int, axes: int, *, stride: int = 1, **kwargs: Any) -> nn.Conv:
+    """Returns a convolution of width 3 over `axes` spatial axes.
+
+    With `stride` 1 it keeps the size; with 2 it halves it, padding `(0, 1)` as Ho et al. 2020 do.
+    """
+    kwargs.setdefault("kernel_init", KERNEL_INIT)
+    padding = (1, 1) if stride == 1 else (0, 1)
+    return nn.Conv(
+        features, (3,) * axes, strides=(stride,) * axes, padding=[padding] * axes, **kwargs
+    )
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv, + embedding, norm, SiLU, dropout, conv, and a way around them.
+
+    Attributes:
+      features: channels out.
+      dropout: the rate of dropout before the last convolution.
+      scale_shift: whether the embedding scales and shifts the second normalisation (Dhariwal &
+        Nichol 2021, section 3) instead of being added before it (Ho et al. 2020).
+      norm: makes a normalisation.
+      dtype: of the computation.
+    """
+
+    features: int
+    dropout: float = 0.0
+    scale_shift: bool = False
+    norm: Callable[..., nn.Module] = GroupNorm
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, embedding: Array, dropout_keys: Array | None = None) -> Array:
+        """Maps x `(B, *spatial, C)` and an activated embedding `(B, E)` to `features` channels.
+
+        `dropout_keys` holds one typed key per example, `(B,)`; None means no dropout.
+        """
+        axes = x.ndim - 2
+        h = nn.silu(self.norm(name="norm_0")(x))
+        h = convolution(self.features, axes, dtype=self.dtype, name="conv_0")(h)
+
+        told = nn.Dense(
+            self.features * (2 if self.scale_shift else 1),
+            kernel_init=KERNEL_INIT,
+            dtype=self.dtype,
+            name="embedding",
+        )(embedding)
+        told = jnp.expand_dims(told, tuple(range(1, 1 + axes)))
+        if self.scale_shift:
+            scale, shift = jnp.split(told, 2, axis=-1)
+            h = self.norm(name="norm_1")(h) * (1 + scale) + shift
+        else:
+            h = self.norm(name="norm_1")(h + told)
+
+        salt = zlib.crc32("/".join(self.path).encode())
+        h = per_example_dropout(nn.silu(h), self.dropout, dropout_keys, salt)
+        h = convolution(
+            self.features, axes, kernel_init=ZERO_INIT, dtype=self.dtype, name="conv_1"
+        )(h)
+        if x.shape[-1] != self.features:
+            x = nn.Dense(self.features, kernel_init=KERNEL_INIT, dtype=self.dtype, name="shortcut")(
+                x
+            )
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions, around which the input is added.
+
+    Attributes:
+      num_heads: into how many heads the channels are divided.
+      norm: makes a normalisation.
+      dtype: of the computation; the softmax is float32.
+    """
+
+    num_heads: int = 1
+    norm: Callable[..., nn.Module] = GroupNorm
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps `(B, *spatial, C)` to the same shape.
+
+        Raises:
+          ValueError: `num_heads` does not divide C.
+        """
+        batch, *spatial, channels = x.shape
+        if channels % self.num_heads:
+            raise ValueError(
+                f"num_heads must divide the channels, got {self.num_heads} heads for {channels} "
+                "channels: choose a divisor, or change channels"
+            )
+        h = self.norm(name="norm")(x).reshape(batch, math.prod(spatial), channels)
+
+        def heads(name: str) -> Array:
+            y = nn.Dense(channels, kernel_init=KERNEL_INIT, dtype=self.dtype, name=name)(h)
+            return y.reshape(*h.shape[:2], self.num_heads, channels // self.num_heads)
+
+        h = jax.nn.dot_product_attention(heads("query"), heads("key"), heads("value"))
+        h = nn.Dense(channels, kernel_init=ZERO_INIT, dtype=self.dtype, name="out")(
+            h.reshape(batch, -1, channels)
+        )
+        return x + h.reshape(x.shape)

@@ -1,0 +1,310 @@
+"""The UNet of Ho et al. 2020 for 1, 2 or 3 spatial axes, and of Dhariwal & Nichol 2021 by option.
+
+It knows no diffusion: it maps an array and a noise level to an array. Its layers are, one to one
+and with readable names, those of diffusers' `UNet2DModel`; with the fields of the paper's CIFAR-10
+model it has that model's 35,746,307 parameters.
+
+Example (with `jax.eval_shape`, which only traces; `model.init(...)` makes the parameters):
+  >>> import jax
+  >>> model = UNet(out_channels=3, dropout=0.1)
+  >>> x = jax.numpy.zeros((4, 32, 32, 3))
+  >>> params = jax.eval_shape(model.init, jax.random.key(0), x, 0)
+  >>> sum(leaf.size for leaf in jax.tree.leaves(params))
+  35746307
+  >>> jax.eval_shape(model.apply, params, x, jax.numpy.arange(4)).shape
+  (4, 32, 32, 3)
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxdiff.models import layers
+from jaxdiff.models.layers import AttentionBlock, GroupNorm, ResidualBlock, convolution
+
+Array = jax.Array
+
+
+class UNet(nn.Module):
+    """A UNet, `(x, noise level, cond) -> array like x`.
+
+    Layers are named after the level they work at, 0 being full resolution, on the way down and on
+    the way up: `down_0_block_1`, `down_1_attention_0`, `down_0_downsample`, `mid_block_0`,
+    `up_1_block_2`, `up_1_upsample`. No parameter depends on the size of the input. The output is 0
+    at initialisation.
+
+    Attributes:
+      out_channels: channels of the output.
+      channels: channels at full resolution, before the multipliers; even, at least 4.
+      channel_multipliers: for each level its channels, in units of `channels`.
+      num_res_blocks: residual blocks of a level on the way down; one more on the way up.
+      attention_levels: at which levels attention follows each residual block.
+      num_heads: heads of attention.
+      head_dim: if set, the channels of each head; it then decides the number of heads.
+      num_groups: groups of each group normalisation, at most: their number also divides the
+        channels and leaves `min_group_channels` to each group.
+      min_group_channels: channels of a group, at least. With 1, small models are blind: a group of
+        one channel removes the embedding added to it.
+      dropout: rate of dropout in the residual blocks; used where `dropout_keys` are given.
+      scale_shift: whether the embedding scales and shifts activations (Dhariwal & Nichol 2021)
+        instead of being added to them.
+      num_classes: how many labels there are, or None for no labels. For classifier-free guidance
+        count the "no label" as one.
+      noise_level_scale: what a noise level is multiplied by before it is embedded; 1000 suits
+        levels in [0, 1].
+      dtype: of the computation; parameters, statistics and the output are float32.
+      remat: whether to compute the blocks' activations anew on the way back, which saves memory
+        and changes nothing else.
+
+    Reference:
+      Ho et al. 2020, appendix B.
+    """
+
+    out_channels: int
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    attention_levels: tuple[int, ...] = (1,)
+    num_heads: int = 1
+    head_dim: int | None = None
+    num_groups: int = 32
+    min_group_channels: int = 4
+    dropout: float = 0.0
+    scale_shift: bool = False
+    num_classes: int | None = None
+    noise_level_scale: float = 1.0
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        noise_level: Array | float,
+        cond: Array | None = None,
+        *,
+        dropout_keys: Array | None = None,
+    ) -> Array:
+        """Applies the network.
+
+        Args:
+          x: float `(B, *spatial, C)` with 1, 2 or 3 spatial axes, each divisible by
+            `2 ** (levels - 1)`.
+          noise_level: int or float, scalar or `(B,)`.
+          cond: int labels `(B,)` in `[0, num_classes)`, where `num_classes` is set. A label out of
+            range gives NaN.
+          dropout_keys: typed keys `(B,)`, one per example; None means no dropout.
+
+        Returns:
+          float32 `(B, *spatial, out_channels)`.
+
+        Raises:
+          ValueError: a field or an argument does not fit the above.
+        """
+        self._check_fields()
+        x, noise_level = jnp.asarray(x), jnp.asarray(noise_level)
+        self._check_arguments(x, noise_level, cond, dropout_keys)
+
+        embedding = nn.silu(self._embed(jnp.broadcast_to(noise_level, x.shape[:1]), cond))
+        norm = functools.partial(
+            GroupNorm, self.num_groups, self.min_group_channels, dtype=self.dtype
+        )
+        conv = functools.partial(convolution, axes=x.ndim - 2, dtype=self.dtype)
+
+        def block(h: Array, level: int, name: str) -> Array:
+            cls = nn.remat(ResidualBlock) if self.remat else ResidualBlock
+            features = self.channels * self.channel_multipliers[level]
+            module = cls(features, self.dropout, self.scale_shift, norm, self.dtype, name=name)
+            return module(h, embedding, dropout_keys)
+
+        def attention(h: Array, name: str) -> Array:
+            cls = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+            heads = h.shape[-1] // self.head_dim if self.head_dim else self.num_heads
+            return cls(heads, norm, self.dtype, name=name)(h)
+
+        last = len(self.channel_multipliers) - 1
+        h = conv(self.channels, name="conv_in")(x.astype(self.dtype))
+        skips = [h]
+        for level in range(last + 1):
+            for i in range(self.num_res_blocks):
+                h = block(h, level, f"down_{level}_block_{i}")
+                if level in self.attention_levels:
+                    h = attention(h, f"down_{level}_attention_{i}")
+                skips.append(h)
+            if level < last:
+                h = conv(h.shape[-1], stride=2, name=f"down_{level}_downsample")(h)
+                skips.append(h)
+
+        h = block(h, last, "mid_block_0")
+        h = attention(h, "mid_attention")
+        h = block(h, last, "mid_block_1")
+
+        for level in reversed(range(last + 1)):
+            for i in range(self.num_res_blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = block(h, level, f"up_{level}_block_{i}")
+                if level in self.attention_levels:
+                    h = attention(h, f"up_{level}_attention_{i}")
+            if level > 0:
+                h = layers.upsample_nearest(h)
+                h = conv(h.shape[-1], name=f"up_{level}_upsample")(h)
+
+        h = nn.silu(norm(name="norm_out")(h))
+        h = conv(self.out_channels, kernel_init=layers.ZERO_INIT, name="conv_out")(h)
+        return h.astype(jnp.float32)
+
+    def _embed(self, noise_level: Array, cond: Array | None) -> Array:
+        """Embeds noise levels `(B,)`, and labels `(B,)` if any, as `(B, 4 * channels)`."""
+        dense = functools.partial(
+            nn.Dense, 4 * self.channels, kernel_init=layers.KERNEL_INIT, dtype=self.dtype
+        )
+        levels = noise_level.astype(jnp.float32) * self.noise_level_scale
+        embedding = layers.sinusoidal_embedding(levels, self.channels)
+        embedding = dense(name="embedding_0")(embedding)
+        embedding = dense(name="embedding_1")(nn.silu(embedding))
+        if cond is not None:
+            table = nn.Embed(
+                self.num_classes,
+                4 * self.channels,
+                embedding_init=nn.initializers.normal(1.0),
+                dtype=self.dtype,
+                name="label_embedding",
+            )
+            embedding = embedding + table(jnp.asarray(cond))
+        return embedding
+
+    def _check_fields(self) -> None:
+        """Raises ValueError for fields that make no network."""
+        for name in ("out_channels", "num_res_blocks", "num_heads", "num_groups"):
+            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name), "raise it")
+        _check(
+            self.min_group_channels >= 1,
+            "min_group_channels",
+            "at least 1",
+            self.min_group_channels,
+            "4 keeps small models from losing the noise level",
+        )
+        _check(
+            self.channels >= 4 and self.channels % 2 == 0,
+            "channels",
+            "even and at least 4",
+            self.channels,
+            "half of the embedding are sines, half cosines",
+        )
+        _check(
+            len(self.channel_multipliers) > 0 and min(self.channel_multipliers) >= 1,
+            "channel_multipliers",
+            "one positive int per level",
+            self.channel_multipliers,
+            "(1, 2, 2, 2) makes four levels",
+        )
+        levels = len(self.channel_multipliers)
+        _check(
+            all(0 <= level < levels for level in self.attention_levels),
+            "attention_levels",
+            f"indices of the {levels} levels, in [0, {levels})",
+            self.attention_levels,
+            "they count resolutions, 0 being full resolution, and are not sizes in pixels",
+        )
+        _check(
+            0.0 <= self.dropout < 1.0, "dropout", "in [0, 1)", self.dropout, "0 means no dropout"
+        )
+        _check(
+            self.num_classes is None or self.num_classes >= 1,
+            "num_classes",
+            "None or at least 1",
+            self.num_classes,
+            "None means a network without labels",
+        )
+        attended = {*self.attention_levels, levels - 1}  # the middle always attends
+        for level in sorted(attended):
+            name = "num_heads" if self.head_dim is None else "head_dim"
+            width, value = self.channels * self.channel_multipliers[level], getattr(self, name)
+            _check(
+                value >= 1 and width % value == 0,
+                name,
+                f"a divisor of the {width} channels of level {level}",
+                value,
+                "choose a divisor, or change channels",
+            )
+
+    def _check_arguments(
+        self, x: Array, noise_level: Array, cond: Array | None, dropout_keys: Array | None
+    ) -> None:
+        """Raises ValueError for arguments that do not fit; costs nothing at run time."""
+        _check(
+            3 <= x.ndim <= 5,
+            "x",
+            "(B, *spatial, C) with 1, 2 or 3 spatial axes",
+            f"shape {x.shape}",
+            "add the batch and channel axes if they are missing",
+        )
+        _check(
+            jnp.issubdtype(x.dtype, jnp.floating),
+            "x",
+            "floating",
+            x.dtype,
+            "scale the data to floats in [-1, 1]",
+        )
+        factor = 2 ** (len(self.channel_multipliers) - 1)
+        _check(
+            all(size > 0 and size % factor == 0 for size in x.shape[1:-1]),
+            "x",
+            f"spatial sizes divisible by {factor}, as {len(self.channel_multipliers)} levels halve "
+            f"them {len(self.channel_multipliers) - 1} times",
+            f"shape {x.shape}",
+            "pad x, or use fewer channel_multipliers",
+        )
+        batch = x.shape[:1]
+        _check(
+            noise_level.shape in ((), batch) and _is_real(noise_level),
+            "noise_level",
+            f"int or float of shape () or {batch}",
+            f"{noise_level.dtype} of shape {noise_level.shape}",
+            "one level for all examples, or one for each",
+        )
+        if self.num_classes is None:
+            _check(
+                cond is None, "cond", "None", "labels", "set num_classes to make a network of them"
+            )
+        else:
+            _check(
+                cond is not None,
+                "cond",
+                f"int labels of shape {batch} as num_classes is {self.num_classes}",
+                None,
+                'pass labels (for "no label", the one you keep for it), or leave num_classes unset',
+            )
+            cond = jnp.asarray(cond)
+            _check(
+                cond.shape == batch and jnp.issubdtype(cond.dtype, jnp.integer),
+                "cond",
+                f"int labels of shape {batch}",
+                f"{cond.dtype} of shape {cond.shape}",
+                "pass one label per example",
+            )
+        if dropout_keys is not None:
+            _check(
+                jax.dtypes.issubdtype(dropout_keys.dtype, jax.dtypes.prng_key)
+                and dropout_keys.shape == batch,
+                "dropout_keys",
+                f"typed keys of shape {batch}",
+                f"{dropout_keys.dtype} of shape {dropout_keys.shape}",
+                "make them with jax.random.split(jax.random.key(seed), B) or rng.per_example",
+            )
+
+
+def _is_real(x: Array) -> bool:
+    """Whether `x` is int or float."""
+    return jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _check(fits: bool, name: str, expected: str, got: Any, cure: str) -> None:
+    """Raises a ValueError that says what was expected, what came and what to do."""
+    if not fits:
+        raise ValueError(f"{name} must be {expected}, got {got}: {cure}")
