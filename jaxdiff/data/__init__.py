@@ -1,0 +1,29 @@
+"""Data: from files to batches.
+
+A *source* gives one example by its number; a *pipeline* turns a source into batches in [-1, 1],
+in an order and with augmentations that depend on the seed alone.
+
+    source = in_memory(from_tfds("digits"))
+    batches = make_pipeline(source, batch_size=128, seed=0)
+    batch = next(batches)                                  # {"x0": (128, 8, 8, 1), "cond": (128,)}
+
+Grain, TFDS, scikit-learn and Pillow are imported by the functions that need them, never by this
+package itself: `pip install "jaxdiff[data]"` brings them.
+"""
+
+from jaxdiff.data import digits, sources
+from jaxdiff.data.folders import from_folder
+from jaxdiff.data.pipeline import make_pipeline
+from jaxdiff.data.sources import Source, from_arrays, in_memory
+from jaxdiff.data.tfds_source import from_tfds
+
+__all__ = [
+    "Source",
+    "digits",
+    "from_arrays",
+    "from_folder",
+    "from_tfds",
+    "in_memory",
+    "make_pipeline",
+    "sources",
+]
