@@ -60,7 +60,8 @@ class NoiseSchedule:
     def ends_at_zero_snr(self) -> bool:
         """Whether the last node is known to hold no signal at all (alpha exactly 0)."""
         alpha = self.nodes.alpha
-        return is_concrete(alpha) and float(alpha[-1]) == 0.0
+        # On the host: in a traced function an index into a constant is a traced value.
+        return is_concrete(alpha) and float(np.asarray(alpha)[-1]) == 0.0
 
     def at(self, t: Array | int) -> Node:
         """Returns the node at index `t`.

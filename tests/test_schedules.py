@@ -173,5 +173,7 @@ def test_a_schedule_is_a_pytree_that_no_gradient_reaches():
 
     for grad in jax.grad(value, (0, 1))(schedule.nodes.alpha, schedule.nodes.sigma):
         np.testing.assert_array_equal(grad, np.zeros(10))
-    # A schedule made inside a compiled function is still concrete.
+    # Inside a compiled function a schedule is concrete still, whether closed over or made there.
+    zero = schedules.from_alphas_bar([0.5, 0.0])
+    assert jax.jit(lambda: jnp.array(zero.ends_at_zero_snr))()
     assert not jax.jit(lambda: jnp.array(schedules.linear(10).ends_at_zero_snr))()
