@@ -1,0 +1,138 @@
+"""The train step: a pure function of state and batch, which the caller compiles.
+
+The state holds no key. What a step draws is found by its address: the run's key, the number of the
+update, the number of the example in the global batch (`jaxdiff.rng`). So neither sharding nor
+accumulation changes what is drawn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdiff import rng
+from jaxdiff.base import Array, Batch, LossFn, PyTree
+from jaxdiff.training import ema as ema_lib
+
+Optimizer = optax.GradientTransformation | optax.MultiSteps
+TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Mapping[str, Array]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training carries from step to step.
+
+    Attributes:
+      step: how many batches have been seen, int32 `()`.
+      params: the network's parameters.
+      opt_state: the optimiser's state.
+      ema: the average of the parameters, their structure, or None.
+    """
+
+    step: Array
+    params: PyTree
+    opt_state: Any
+    ema: PyTree | None
+
+
+def init_state(params: PyTree, optimizer: Optimizer, *, ema: bool = True) -> TrainState:
+    """Returns the state before the first step.
+
+    Args:
+      params: the network's initial parameters.
+      optimizer: the optimiser that the train step is made with.
+      ema: whether to keep an average of the parameters.
+    """
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.int32(0), params, optimizer.init(params), average)
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    ema: ema_lib.Decay | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    *,
+    key: Array | None = None,
+) -> TrainStep:
+    """Makes the train step.
+
+    Args:
+      loss_fn: `(params, key, batch) -> (per_example, aux)`, as `losses.denoising_loss` returns.
+      optimizer: any optax optimiser. With `optax.MultiSteps` each call accumulates one
+        microbatch; accumulating k of them draws, and computes, what one batch of k times the size
+        would.
+      ema: the decay of the parameters' average, as a constant or a function of the number of
+        updates (`ema.warmup(0.9999)`); None keeps none.
+      axis_name: the mapped axis or axes when called inside `jax.pmap` or `jax.shard_map`, with
+        the batch divided along them in order; None under plain `jax.jit`, on any sharding.
+      key: the run's key, one typed key; `jax.random.key(0)` if not given.
+
+    Returns:
+      `step(state, batch) -> (state, metrics)`: pure, not compiled; donate the state. `metrics`
+      holds `loss`, the mean over the global batch, and `grad_norm`, before clipping.
+
+    Raises:
+      TypeError: `key` is not one typed key.
+      ValueError: a constant decay lies outside [0, 1); in the step, the state holds no average
+        although `ema` is given, or the other way round.
+    """
+    run_key = rng.check_key(jax.random.key(0) if key is None else key)
+    if ema is not None:
+        ema_lib.check_decay(ema)
+
+    def mean_loss(params: PyTree, key: Array, batch: Batch) -> Array:
+        per_example, _ = loss_fn(params, key, batch)
+        return jnp.mean(per_example)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Array]]:
+        if (ema is None) != (state.ema is None):
+            raise ValueError(
+                f"ema={ema} in make_train_step does not fit a state "
+                f"{'without' if state.ema is None else 'with'} an average: see init_state(ema=...)"
+            )
+        count, microbatch = _position(state)
+        if "index" not in batch:
+            batch = {**batch, "index": _global_index(batch["x0"].shape[0], microbatch, axis_name)}
+        params, key = state.params, jax.random.fold_in(run_key, count)
+        if axis_name is not None:
+            # Inside shard_map the gradient of replicated parameters would come out summed over
+            # the devices already; as varying parameters they get each device's own gradient.
+            params, key = jax.lax.pcast((params, key), axis_name, to="varying")
+        loss, grads = jax.value_and_grad(mean_loss)(params, key, batch)
+        if axis_name is not None:
+            loss, grads = jax.lax.pmean((loss, grads), axis_name)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = None
+        if ema is not None:
+            average = ema_lib.update(state.ema, params, ema(count) if callable(ema) else ema)
+            if isinstance(opt_state, optax.MultiStepsState):
+                updated = opt_state.mini_step == 0
+                average = jax.tree.map(lambda a, b: jnp.where(updated, a, b), average, state.ema)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, params, opt_state, average), metrics
+
+    return step
+
+
+def _position(state: TrainState) -> tuple[Array, Array | int]:
+    """Returns the number of the update and that of the microbatch within it."""
+    if isinstance(state.opt_state, optax.MultiStepsState):
+        return state.opt_state.gradient_step, state.opt_state.mini_step
+    return state.step, 0
+
+
+def _global_index(
+    size: int, microbatch: Array | int, axis_name: str | tuple[str, ...] | None
+) -> Array:
+    """Returns the numbers of this device's examples in the update's whole batch, `(size,)`."""
+    if axis_name is not None:
+        microbatch = microbatch * jax.lax.axis_size(axis_name) + jax.lax.axis_index(axis_name)
+    return microbatch * size + jnp.arange(size)
