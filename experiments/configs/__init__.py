@@ -1,0 +1,1 @@
+"""One file an experiment; each changes what it must of `experiments.config.default()`."""

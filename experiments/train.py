@@ -1,0 +1,262 @@
+"""Trains a model, draws samples from it and says how good they are.
+
+    python -m experiments.train
+    python -m experiments.train --config=experiments/configs/mnist.py --config.seed=1
+
+A run that was interrupted, at any instant, goes on when the same command is given again, and ends
+with the same parameters as if it had not been.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from absl import flags
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict, config_flags
+
+from experiments import build, report, runs, runtime
+from jaxdiff import evaluation, sampling, viz
+from jaxdiff.training import TrainState, checkpoints
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the command's flags; not on import, where they would meet another command's."""
+    config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs/digits.py"))
+    flags.DEFINE_string("workdir", None, "The run directory; runs/NAME if not given.")
+    flags.DEFINE_bool(
+        "allow_config_change", False, "Go on with a run although its configuration differs."
+    )
+
+
+def train(config: ConfigDict, workdir: Path, *, allow_config_change: bool = False) -> TrainState:
+    """Trains to the last step, from the newest checkpoint if there is one, and finishes the run.
+
+    Args:
+      config: the configuration.
+      workdir: the run directory.
+      allow_config_change: whether to go on with a run of another configuration.
+
+    Returns:
+      The final state.
+
+    Raises:
+      RunError: the run directory cannot be written to or holds another run.
+      CheckpointError: the newest checkpoint cannot be read.
+      ValueError: the configuration makes no sense.
+    """
+    check(config)
+    # Whatever may be wrong with the configuration is found before anything is written.
+    source = build.make_source(config)
+    shape = build.example_shape(config, source)
+    batches = build.make_batches(config, source)
+    init, step_fn = build.make_training(config, shape)
+    draw = build.make_draw(config, shape)
+    like = jax.eval_shape(init)
+    runs.open_workdir(workdir, config, allow_change=allow_config_change)
+
+    mesh = build.mesh()
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    step_fn = jax.jit(step_fn, donate_argnums=0, compiler_options=runtime.compiler_options())
+
+    with checkpoints.open_folder(workdir / "checkpoints", keep=config.train.keep) as saved:
+        state, position = resume(saved, init, like, everywhere, batches, config)
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        about = runs.describe(config, num_params, shape)
+        runs.write_json(workdir / "run.json", about)
+        print(f"{config.name}: {num_params:,} parameters, from step {position}", flush=True)
+
+        metrics = runs.Metrics(workdir / "metrics.jsonl", position)
+        preview = functools.partial(save_preview, workdir, draw)
+        state = loop(config, state, step_fn, batches, rows, saved, metrics, preview)
+        metrics.close()
+    about["sha256"] = runs.fingerprint({"params": state.params, "ema": state.ema})
+    finish(config, workdir, state, draw, source, about, metrics.lines)
+    return state
+
+
+def check(config: ConfigDict) -> None:
+    """Checks what no other function would check at once.
+
+    Raises:
+      ValueError: a count is out of range or does not fit another.
+    """
+    for section, key, least in (
+        ("train", "batch_size", 1),
+        ("train", "num_steps", 1),
+        ("train", "log_every", 1),
+        ("train", "checkpoint_every", 1),
+        ("train", "keep", 1),
+        ("train", "sample_every", 0),
+        ("optimizer", "accumulate", 1),
+        ("optimizer", "warmup_steps", 0),
+        ("sample", "num", 0),
+        ("evaluate", "neighbours", 0),
+    ):
+        if config[section][key] < least:
+            raise ValueError(
+                f"{section}.{key} must be at least {least}, got {config[section][key]}"
+            )
+    if config.train.batch_size % jax.device_count():
+        raise ValueError(
+            f"train.batch_size is that of all devices together and must be a multiple of their "
+            f"number, {jax.device_count()}, got {config.train.batch_size}"
+        )
+
+
+def resume(
+    saved: checkpoints.Checkpointer,
+    init: Any,
+    like: TrainState,
+    sharding: NamedSharding,
+    batches: Any,
+    config: ConfigDict,
+) -> tuple[TrainState, int]:
+    """Returns the state to go on from and its step, and sets the data to where it stood."""
+    if saved.latest is None:
+        return jax.jit(init, out_shardings=sharding)(), 0
+    restored = checkpoints.restore(saved, build.placed(like, sharding))
+    batches.set_state(restored.data)
+    step = int(restored.state.step)
+    print(f"resumed from the checkpoint of step {step}", flush=True)
+    if step > config.train.num_steps:
+        raise runs.RunError(
+            f"the run is at step {step} already, beyond train.num_steps={config.train.num_steps}"
+        )
+    return restored.state, step
+
+
+def loop(
+    config: ConfigDict,
+    state: TrainState,
+    step_fn: Any,
+    batches: Any,
+    rows: NamedSharding,
+    saved: checkpoints.Checkpointer,
+    metrics: runs.Metrics,
+    preview: Any,
+) -> TrainState:
+    """Runs the steps that are left, saving and logging on the way."""
+    options = config.train
+    first, last = int(state.step), options.num_steps
+    resolved = runs.as_json(config)
+    writer = tensorboard(metrics) if options.tensorboard else None
+    bar = tqdm.tqdm(
+        total=last, initial=first, unit="step", desc=config.name, disable=None, smoothing=0.05
+    )
+    pending: list[dict[str, jax.Array]] = []  # on the device still
+    since, since_step = time.monotonic(), first
+    for step in range(first + 1, last + 1):
+        batch = {"x0": jax.make_array_from_process_local_data(rows, next(batches)["x0"])}
+        state, values = step_fn(state, batch)
+        pending.append(values)
+        bar.update()
+        if step % options.log_every == 0 or step == last:
+            host = jax.device_get(pending)
+            line = {name: float(np.mean([v[name] for v in host])) for name in values}
+            pending = []
+            now = time.monotonic()
+            line["steps_per_second"] = (step - since_step) / (now - since)
+            since, since_step = now, step
+            metrics.write(step=step, **line)
+            bar.set_postfix(loss=f"{line['loss']:.4f}")
+            if bar.disable:
+                left = (last - step) / line["steps_per_second"]
+                print(
+                    f"step {step} of {last}, loss {line['loss']:.4f}, "
+                    f"{line['steps_per_second']:.1f} steps/s, {left:.0f} s left",
+                    flush=True,
+                )
+            if writer is not None:
+                for name, value in line.items():
+                    writer.add_scalar(name, value, step)
+            if not np.isfinite(line["loss"]):
+                raise runs.RunError(
+                    f"the loss is {line['loss']} at step {step}: lower optimizer.learning_rate, "
+                    "and start again in another --workdir"
+                )
+        if step % options.checkpoint_every == 0 or step == last:
+            checkpoints.save(saved, state, data=batches.get_state(), config=resolved)
+        if options.sample_every and step % options.sample_every == 0 and step < last:
+            preview(state.ema, step)
+            since, since_step = time.monotonic(), step
+    bar.close()
+    if writer is not None:
+        writer.close()
+    return state
+
+
+def tensorboard(metrics: runs.Metrics) -> Any:
+    """Returns a TensorBoard writer beside the metrics."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            'train.tensorboard needs tensorboardX: pip install "jaxdiff[tensorboard]"'
+        ) from error
+    return SummaryWriter(str(metrics.path.parent / "tensorboard"))
+
+
+def save_preview(workdir: Path, draw: Any, params: Any, step: int) -> None:
+    """Writes a picture of the first samples of an unfinished model."""
+    x = np.asarray(draw(params, 0))[:64]
+    viz.save_png(workdir / f"samples/step_{step:08d}.png", viz.image_grid(viz.to_uint8(x)))
+
+
+def finish(
+    config: ConfigDict,
+    workdir: Path,
+    state: TrainState,
+    draw: Any,
+    source: Any,
+    about: dict[str, Any],
+    lines: list[dict[str, Any]],
+) -> None:
+    """Draws the samples, scores them, writes the report and prints what it says."""
+    samples = np.concatenate(list(progress(config, draw, state.ema)) or [np.zeros((0, 1, 1, 1))])
+    scores = {}
+    if len(samples):
+        images = viz.to_uint8(samples)
+        report.save_samples(workdir / "samples", samples, config.sample.to_dict())
+        if config.evaluate.neighbours:
+            real = np.stack([source[i]["image"] for i in range(len(source))])
+            k = config.evaluate.neighbours
+            # Features in [0, 1]; samples are quantised like the data.
+            scores = evaluation.manifold_scores(real / 255, images / 255, k=k)._asdict()
+            about["scores"] = {"num": len(images), "real": len(real), "neighbours": k, **scores}
+    runs.write_json(workdir / "run.json", about)
+    report.write(workdir, config, about, lines)
+
+    print(f"parameters: {about['parameters']:,}")
+    for name, value in scores.items():
+        print(f"{name}: {value:.3f}")
+    print(f"sha256 of the parameters: {about['sha256']}")
+    print(f"look at {workdir / 'samples.png'} and {workdir / 'report.html'}")
+
+
+def progress(config: ConfigDict, draw: Any, params: Any) -> Iterator[np.ndarray]:
+    """Yields batches of samples, under a progress bar."""
+    with tqdm.tqdm(total=config.sample.num, unit="sample", desc="samples", disable=None) as bar:
+        for batch in sampling.in_batches(functools.partial(draw, params), config.sample.num):
+            bar.update(len(batch))
+            yield batch
+
+
+def main() -> None:
+    """Runs the command."""
+    workdir = Path(FLAGS.workdir or Path("runs") / FLAGS.config.name)
+    train(FLAGS.config, workdir, allow_config_change=FLAGS.allow_config_change)
+
+
+if __name__ == "__main__":
+    runtime.command(define_flags, main)
