@@ -9,6 +9,7 @@ with the same parameters as if it had not been.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Iterator
@@ -76,10 +77,9 @@ def train(config: ConfigDict, workdir: Path, *, allow_config_change: bool = Fals
         runs.write_json(workdir / "run.json", about)
         print(f"{config.name}: {num_params:,} parameters, from step {position}", flush=True)
 
-        metrics = runs.Metrics(workdir / "metrics.jsonl", position)
         preview = functools.partial(save_preview, workdir, draw)
-        state = loop(config, state, step_fn, batches, rows, saved, metrics, preview)
-        metrics.close()
+        with contextlib.closing(runs.Metrics(workdir / "metrics.jsonl", position)) as metrics:
+            state = loop(config, state, step_fn, batches, rows, saved, metrics, preview)
     about["sha256"] = runs.fingerprint({"params": state.params, "ema": state.ema})
     finish(config, workdir, state, draw, source, about, metrics.lines)
     return state

@@ -1,11 +1,21 @@
 """Settings of all tests: strict JAX, eight virtual devices, a fixed hypothesis profile."""
 
+import atexit
+import shutil
+import tempfile
+
 import jax
 from hypothesis import settings
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+# Tests that build the same program again need not compile it again.
+_cache = tempfile.mkdtemp(prefix="jaxdiff-tests-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", _cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 settings.register_profile("jaxdiff", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("jaxdiff")
