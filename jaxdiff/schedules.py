@@ -219,7 +219,7 @@ def _schedule(betas: np.ndarray, alphas_bar: np.ndarray, noise: np.ndarray) -> N
     # Concrete arrays also where a schedule is made inside a traced function.
     with jax.ensure_compile_time_eval():
         nodes = Node(
-            jnp.arange(betas.size, dtype=jnp.int32),
+            jnp.asarray(np.arange(betas.size), jnp.int32),
             jnp.asarray(np.sqrt(alphas_bar), jnp.float32),
             jnp.asarray(np.sqrt(noise), jnp.float32),
         )

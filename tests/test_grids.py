@@ -23,9 +23,11 @@ def test_any_number_of_steps_gives_a_grid_from_noise_to_data(spacing, data):
     assert np.all(np.diff(t) < 0)
     assert t[0] <= total - 1
     assert t[-1] == -1
-    assert (float(grid.alpha[-1]), float(grid.sigma[-1])) == (1.0, 0.0)
-    np.testing.assert_array_equal(grid.alpha[:-1], schedule.at(t[:-1]).alpha)
-    np.testing.assert_array_equal(grid.sigma[:-1], schedule.at(t[:-1]).sigma)
+    assert (np.asarray(grid.alpha)[-1], np.asarray(grid.sigma)[-1]) == (1.0, 0.0)
+    for of_grid, of_schedule in (
+        (grid.alpha, schedule.nodes.alpha), (grid.sigma, schedule.nodes.sigma)
+    ):  # fmt: skip
+        np.testing.assert_array_equal(np.asarray(of_grid)[:-1], np.asarray(of_schedule)[t[:-1]])
     # Strides differ by at most one, so no part of the schedule is left out.
     strides = np.diff(t[:-1])
     assert not strides.size or strides.max() - strides.min() <= 1
