@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,53 +147,58 @@ def loop(
     preview: Any,
 ) -> TrainState:
     """Runs the steps that are left, saving and logging on the way."""
-    options = config.train
+    options, resolved = config.train, runs.as_json(config)
     first, last = int(state.step), options.num_steps
-    resolved = runs.as_json(config)
     writer = tensorboard(metrics) if options.tensorboard else None
     bar = tqdm.tqdm(
         total=last, initial=first, unit="step", desc=config.name, disable=None, smoothing=0.05
     )
-    pending: list[dict[str, jax.Array]] = []  # on the device still
-    since, since_step = time.monotonic(), first
+    pending: list[Mapping[str, jax.Array]] = []  # metrics that are on the device still
+    since = time.monotonic()
     for step in range(first + 1, last + 1):
         batch = {"x0": jax.make_array_from_process_local_data(rows, next(batches)["x0"])}
         state, values = step_fn(state, batch)
         pending.append(values)
         bar.update()
         if step % options.log_every == 0 or step == last:
-            host = jax.device_get(pending)
-            line = {name: float(np.mean([v[name] for v in host])) for name in values}
-            pending = []
-            now = time.monotonic()
-            line["steps_per_second"] = (step - since_step) / (now - since)
-            since, since_step = now, step
+            line = average(pending)
+            line["steps_per_second"] = len(pending) / (time.monotonic() - since)
             metrics.write(step=step, **line)
-            bar.set_postfix(loss=f"{line['loss']:.4f}")
-            if bar.disable:
-                left = (last - step) / line["steps_per_second"]
-                print(
-                    f"step {step} of {last}, loss {line['loss']:.4f}, "
-                    f"{line['steps_per_second']:.1f} steps/s, {left:.0f} s left",
-                    flush=True,
-                )
-            if writer is not None:
-                for name, value in line.items():
-                    writer.add_scalar(name, value, step)
+            tell(bar, step, line)
+            for name, value in line.items() if writer else ():
+                writer.add_scalar(name, value, step)
             if not np.isfinite(line["loss"]):
                 raise runs.RunError(
                     f"the loss is {line['loss']} at step {step}: lower optimizer.learning_rate, "
                     "and start again in another --workdir"
                 )
+            pending, since = [], time.monotonic()
         if step % options.checkpoint_every == 0 or step == last:
             checkpoints.save(saved, state, data=batches.get_state(), config=resolved)
         if options.sample_every and step % options.sample_every == 0 and step < last:
             preview(state.ema, step)
-            since, since_step = time.monotonic(), step
     bar.close()
-    if writer is not None:
+    if writer:
         writer.close()
     return state
+
+
+def average(pending: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
+    """Fetches the metrics of some steps and returns their means."""
+    host = jax.device_get(pending)
+    return {name: float(np.mean([values[name] for values in host])) for name in host[0]}
+
+
+def tell(bar: tqdm.tqdm, step: int, line: Mapping[str, float]) -> None:
+    """Shows how training goes: in the bar, or where there is no terminal as a line."""
+    bar.set_postfix(loss=f"{line['loss']:.4f}")
+    if bar.disable:
+        left = (bar.total - step) / line["steps_per_second"]
+        print(
+            f"step {step} of {bar.total}, loss {line['loss']:.4f}, "
+            f"{line['steps_per_second']:.1f} steps/s, {left:.0f} s left",
+            flush=True,
+        )
 
 
 def tensorboard(metrics: runs.Metrics) -> Any:

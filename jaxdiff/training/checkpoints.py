@@ -64,8 +64,14 @@ def open_folder(folder: str | Path, *, keep: int = 3) -> Checkpointer:
         raise ValueError(f"keep must be at least 1, got {keep}")
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    # Replicas share the writing of large arrays only: cutting up small ones costs more than it
+    # saves (about 2 s a save for the digits network on 8 devices).
+    arrays = ocp.options.ArrayOptions(
+        saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2**20)
+    )
     return Checkpointer(
         folder,
+        context=ocp.Context(array_options=arrays),
         preservation_policy=ocp.training.preservation_policies.LatestN(keep),
         cleanup_tmp_directories=True,
     )

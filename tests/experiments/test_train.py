@@ -40,7 +40,7 @@ def tiny(**changes):
             "optimizer": {"warmup_steps": 2},
             "train": {
                 "batch_size": 8, "num_steps": 6, "log_every": 2, "checkpoint_every": 2,
-                "sample_every": 4,
+                "sample_every": 4, "tensorboard": True,
             },
             "sample": {"num": 20, "batch_size": 8, "steps": 3},
         }
@@ -64,7 +64,7 @@ def test_a_run_directory_explains_itself(finished, capsys):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "config.json", "run.json", "metrics.jsonl", "checkpoints", "samples", "samples.png",
-        "samples.npz", "report.html",
+        "samples.npz", "report.html", "tensorboard",
     }  # fmt: skip
     config = json.loads((finished / "config.json").read_text())
     assert config == runs.as_json(tiny())
