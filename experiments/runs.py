@@ -95,6 +95,8 @@ def _update(config: ConfigDict, saved: Mapping[str, Any]) -> None:
 def open_workdir(workdir: Path, config: ConfigDict, *, allow_change: bool = False) -> None:
     """Makes the run directory, or checks that the run in it is of the same configuration.
 
+    The configuration is not written yet: that is for when the run could be gone on with.
+
     Raises:
       RunError: it cannot be written to, or holds a run of another configuration and
         `allow_change` is not set.
@@ -109,16 +111,15 @@ def open_workdir(workdir: Path, config: ConfigDict, *, allow_change: bool = Fals
             f"cannot write to the run directory {workdir}: {error.strerror}. Choose another with "
             "--workdir=DIR"
         ) from error
-    path, new = workdir / "config.json", as_json(config)
+    path = workdir / "config.json"
     if path.exists() and not allow_change:
-        changed = differences(json.loads(path.read_text()), new)
+        changed = differences(json.loads(path.read_text()), as_json(config))
         if changed:
             lines = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in changed)
             raise RunError(
                 f"{workdir} holds a run of another configuration:\n{lines}\n"
                 "Choose another --workdir, or say --allow_config_change to go on with the new one"
             )
-    write_json(path, new)
 
 
 def differences(

@@ -68,7 +68,7 @@ def load(workdir: Path, step: int | None, *, ema: bool) -> tuple[ConfigDict, PyT
     everywhere = NamedSharding(build.mesh(), PartitionSpec())
     init, _ = build.make_training(config, shape)
     like = build.placed(jax.eval_shape(init), everywhere)
-    with checkpoints.open_folder(folder, keep=config.train.keep) as saved:
+    with checkpoints.open_folder(folder, read_only=True) as saved:
         state = checkpoints.restore(saved, like, step).state
     return config, state.ema if ema else state.params, shape, int(state.step)
 

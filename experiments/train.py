@@ -72,6 +72,7 @@ def train(config: ConfigDict, workdir: Path, *, allow_config_change: bool = Fals
 
     with checkpoints.open_folder(workdir / "checkpoints", keep=config.train.keep) as saved:
         state, position = resume(saved, init, like, everywhere, batches, config)
+        runs.write_json(workdir / "config.json", runs.as_json(config))
         num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         about = runs.describe(config, num_params, shape)
         runs.write_json(workdir / "run.json", about)

@@ -46,23 +46,28 @@ class Restored(NamedTuple):
     config: Mapping[str, Any]
 
 
-def open_folder(folder: str | Path, *, keep: int = 3) -> Checkpointer:
-    """Opens a folder of checkpoints, made if missing; use it in a `with`, which ends pending saves.
+def open_folder(folder: str | Path, *, keep: int = 3, read_only: bool = False) -> Checkpointer:
+    """Opens a folder of checkpoints; use it in a `with`, which ends pending saves.
 
     Args:
-      folder: the folder.
+      folder: the folder; made if it is missing.
       keep: how many of the newest checkpoints to keep.
+      read_only: touch nothing: neither make the folder nor clear away unfinished saves, which may
+        be those of a run that is still going on.
 
     Returns:
       Orbax's checkpointer: `.latest` is the newest complete checkpoint or None.
 
     Raises:
       ValueError: `keep` is less than 1.
+      FileNotFoundError: `read_only`, and the folder is missing.
       OSError: the folder cannot be made or written to.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     folder = Path(folder).absolute()
+    if read_only and not folder.is_dir():
+        raise FileNotFoundError(f"no folder of checkpoints at {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     # Replicas share the writing of large arrays only: cutting up small ones costs more than it
     # saves (about 2 s a save for the digits network on 8 devices).
@@ -73,7 +78,7 @@ def open_folder(folder: str | Path, *, keep: int = 3) -> Checkpointer:
         folder,
         context=ocp.Context(array_options=arrays),
         preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=not read_only,
     )
 
 

@@ -140,12 +140,17 @@ def test_a_finished_run_is_finished_again(finished, tmp_path, capsys):
     assert f"sha256 of the parameters: {sha256(finished)}" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore")  # of what Orbax leaves behind when it fails
 def test_another_configuration_is_refused_unless_told(finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     other = tiny(train={"num_steps": 8})
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(runs.RunError, match=r"(?s)train\.num_steps: 6 there, 8 here.*--workdir"):
         train.train(other, tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    wider = tiny(model={"channels": 16})  # does not fit the checkpoint, told or not
+    with pytest.raises(checkpoints.CheckpointError, match="of another model"):
+        train.train(wider, tmp_path, allow_config_change=True)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     state = train.train(other, tmp_path, allow_config_change=True)
     assert int(state.step) == 8

@@ -123,6 +123,18 @@ def test_an_unfinished_save_is_no_checkpoint_and_in_nobodys_way(folder, tmp_path
         assert_equal(checkpoints.restore(saved, make_state()).state, make_state(7))
 
 
+def test_reading_touches_nothing(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    saving = tmp_path / "8.orbax-checkpoint-tmp"
+    (saving / "state").mkdir(parents=True)
+    with checkpoints.open_folder(tmp_path, keep=1, read_only=True) as saved:
+        assert_equal(checkpoints.restore(saved, make_state()).state, make_state(7))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["6", "7", saving.name]
+    with pytest.raises(FileNotFoundError, match=r"no folder of checkpoints at .*nowhere"):
+        checkpoints.open_folder(tmp_path / "nowhere", read_only=True)
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_nothing_is_pickled(folder):
     for path in folder.rglob("*"):
         if path.is_file():
