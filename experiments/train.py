@@ -108,6 +108,18 @@ def check(config: ConfigDict) -> None:
             raise ValueError(
                 f"{section}.{key} must be at least {least}, got {config[section][key]}"
             )
+    # Known now, and not only when the samples of a finished run are to be scored.
+    neighbours = config.evaluate.neighbours
+    if neighbours and 0 < config.sample.num <= neighbours:
+        raise ValueError(
+            f"evaluate.neighbours={neighbours} needs more samples than that, got "
+            f"sample.num={config.sample.num}: draw more, or set evaluate.neighbours=0"
+        )
+    if neighbours and config.data.pad_to:
+        raise ValueError(
+            "evaluate.neighbours compares pixels with those of the data set, which data.pad_to "
+            "changes: leave one of the two unset"
+        )
     if config.train.batch_size % jax.device_count():
         raise ValueError(
             f"train.batch_size is that of all devices together and must be a multiple of their "

@@ -186,6 +186,8 @@ def test_a_truncated_checkpoint_is_an_error_never_a_fresh_start(finished, tmp_pa
         ({"optimizer": {"weight_decay": 0.1}}, ValueError, "belongs to adamw"),
         ({"train": {"batch_size": 0}}, ValueError, "batch_size must be at least 1"),
         ({"train": {"batch_size": 12}}, ValueError, "multiple of their number, 8, got 12"),
+        ({"sample": {"num": 5}}, ValueError, "needs more samples than that, got sample.num=5"),
+        ({"data": {"pad_to": 16}}, ValueError, "which data.pad_to changes"),
         ({"train": {"num_steps": 0}}, ValueError, "num_steps must be at least 1"),
         ({"model": {"channel_multipliers": (1, 2, 4, 8, 16)}}, ValueError, "divisible by 16"),
         ({"ema_decay": 1.0}, ValueError, "decay must lie in"),
