@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,17 +30,10 @@ from absl import flags
 from scipy.special import ndtr
 
 from experiments import runtime
+from experiments.build import SCHEDULES
 from jaxdiff import denoisers, process, schedules, viz
 from jaxdiff.base import Node
 
-SCHEDULES: dict[str, Callable[[int], schedules.NoiseSchedule]] = {
-    "linear": schedules.linear,
-    "scaled_linear": schedules.scaled_linear,
-    "cosine": schedules.cosine,
-    "sigmoid": schedules.sigmoid,
-    "quadratic": schedules.quadratic,
-    "exponential": schedules.exponential,
-}
 WEIGHTS, MEANS, STDS = (0.5, 0.3, 0.2), (0.0, 5.0, -3.0), (1.0, 0.5, 1.5)
 X = np.linspace(-9.0, 9.0, 721)  # the axis: all but 1e-4 of the mixture, clean or noised
 FALSE_ALARM = 1e-3  # how often samples from the right density would be called wrong, per animation
