@@ -59,6 +59,40 @@ class Node:
         return 2 * (jnp.log(self.alpha) - jnp.log(self.sigma))
 
 
+class Schedule(Protocol):
+    """How fast the data turns into noise: discrete or continuous, see `jaxdiff.schedules`.
+
+    Times t are integers `0 .. T-1` for a discrete schedule, and floats in [0, 1], 0 = data, for a
+    continuous one.
+    """
+
+    @property
+    def num_steps(self) -> int | None:
+        """The number of steps T of a discrete schedule; None for a continuous one."""
+        ...
+
+    @property
+    def ends_at_zero_snr(self) -> bool:
+        """Whether the noisiest node is known to hold no signal at all (alpha exactly 0)."""
+        ...
+
+    def at(self, t: Array | float | int) -> Node:
+        """Returns the node at t, `()` or `(B,)`."""
+        ...
+
+    def log_snr(self, t: Array | float | int) -> Array:
+        """Returns log(alpha² / sigma²) at t, shape of `t`; it decreases with t."""
+        ...
+
+    def time(self, log_snr: Array | float) -> Array:
+        """Returns the t at which the log-SNR has this value, the inverse of `log_snr`, float.
+
+        For a discrete schedule it is interpolated between the indices and held within
+        `[0, T-1]`.
+        """
+        ...
+
+
 class Prediction(NamedTuple):
     """What a denoiser believes of x.
 
@@ -67,10 +101,12 @@ class Prediction(NamedTuple):
       variance: the network's own variance coefficient, shape of `x0`, or None. In [0, 1] it
         interpolates between the logarithms of the "small" and the "large" variance (Nichol &
         Dhariwal 2021, eq. 15).
+      evaluations: how many evaluations of a network it took, per example: int, or int32 `()`.
     """
 
     x0: Array
     variance: Array | None = None
+    evaluations: Array | int = 1
 
 
 class Denoiser(Protocol):
@@ -104,11 +140,12 @@ class Info(NamedTuple):
 
     Attributes:
       x0: the clean data that the step believed in, for previews, `(B, *spatial, C)`.
-      evaluations: how often the step called the denoiser, int32 `()`.
+      evaluations: the sum of the `evaluations` of the predictions that the step asked for: int, or
+        int32 `()`.
     """
 
     x0: Array
-    evaluations: Array
+    evaluations: Array | int
 
 
 class SolverState(NamedTuple):
@@ -129,10 +166,16 @@ class Solver(NamedTuple):
         state never change.
       step: `(keys, denoiser, state, now, next) -> (state, info)` moves from one node to the next;
         `keys` holds one typed key per example, `(B,)`, for this step alone.
+      one_path: the keys are the same in every step: those of one Brownian path per example, which
+        the solver reads at the nodes (`jaxdiff.rng.ornstein_uhlenbeck`).
+      climbs: the steps also go towards noise. Without it a move of the grid towards noise is
+        forward noising, done by the sampling loop, after which the solver starts anew.
     """
 
     init: Callable[[Array, Node], Any]
     step: Callable[[Array, Denoiser, Any, Node, Node], tuple[Any, Info]]
+    one_path: bool = False
+    climbs: bool = False
 
 
 Batch = Mapping[str, Any]

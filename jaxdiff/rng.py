@@ -34,6 +34,12 @@ class Stream(enum.IntEnum):
     STEP = 6  # sampling: the noise of the steps; the step's index is folded in below it
     FORWARD = 7  # the forward chain; the step's index is folded in below it
     DATA = 8  # data drawn from a known distribution
+    PATH = 9  # sampling: the Brownian path of an example
+    KNOWN = 10  # editing: the noise on known data; the step's index is folded in above it
+    CORRECTOR = 11  # sampling: Langevin steps; the step's index is folded in above it
+    OFFSET = 12  # training: offset noise
+    SELF_CONDITION = 13  # training: whether an example sees its own prediction
+    UP = 14  # sampling: moves of the grid towards noise; the step's index is folded in below it
 
 
 def check_key(key: Array) -> Array:
@@ -94,3 +100,65 @@ def normal(keys: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) 
 def uniform(keys: Array) -> Array:
     """Draws one float32 in [0, 1) for each of the keys `(B,)`."""
     return jax.vmap(jax.random.uniform)(keys)
+
+
+def ornstein_uhlenbeck(
+    keys: Array, half_log_snr: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
+) -> Array:
+    """Reads a stationary Ornstein-Uhlenbeck path of unit variance at one of its times.
+
+    The noise in x_t, in units of sigma_t, is such a path over the time lambda = log(alpha/sigma)
+    when x_t follows the reverse SDE: cov(z(a), z(b)) = exp(-|a - b|). A path is a function of its
+    key alone; whoever reads it at fewer times sees the same path (a Brownian tree, as in Li et al.
+    2020, by Ornstein-Uhlenbeck bridges).
+
+    Args:
+      keys: typed keys, `(B,)`, one a path.
+      half_log_snr: the time lambda, `()` or `(B,)`. Below -16 and above 16 the path is read at
+        the bound.
+      shape: the shape of an example; each of its entries is a path of its own.
+      dtype: of the result.
+
+    Returns:
+      `(B, *shape)`.
+    """
+    half_log_snr = jnp.broadcast_to(jnp.asarray(half_log_snr, dtype), keys.shape)
+    return jax.vmap(lambda key, time: _read_path(key, time, shape, dtype))(keys, half_log_snr)
+
+
+_PATH_END = 16.0
+_PATH_DEPTH = 18  # cells of 32 / 2^18, about 1e-4
+
+
+def _read_path(key: Array, time: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    def draw(node: Array | int) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, node), shape, dtype)
+
+    def between(left: Array, right: Array, to_left: Array, to_right: Array, z: Array) -> Array:
+        # The bridge: z(t) given its values at distances to_left and to_right.
+        whole = -jnp.expm1(-2 * (to_left + to_right))
+        near_left, near_right = -jnp.expm1(-2 * to_left), -jnp.expm1(-2 * to_right)
+        mean = (
+            jnp.exp(-to_left) * near_right * left + jnp.exp(-to_right) * near_left * right
+        ) / whole
+        return mean + jnp.sqrt(near_left * near_right / whole) * z
+
+    time = jnp.clip(time, -_PATH_END, _PATH_END)
+    left = draw(0)
+    decay = jnp.exp(jnp.asarray(-2 * _PATH_END, dtype))
+    right = decay * left + jnp.sqrt(1 - decay**2) * draw(1)
+    width = jnp.asarray(2 * _PATH_END, dtype)
+    cell = (jnp.asarray(-_PATH_END, dtype), width, left, right, jnp.uint32(1))
+
+    def halve(cell: tuple, _: None) -> tuple[tuple, None]:
+        start, width, left, right, node = cell
+        half = width / 2
+        middle = between(left, right, half, half, draw(node + 1))
+        upper = time >= start + half
+        start = jnp.where(upper, start + half, start)
+        ends = jnp.where(upper, middle, left), jnp.where(upper, right, middle)
+        return (start, half, *ends, 2 * node + upper.astype(jnp.uint32)), None
+
+    (start, width, left, right, node), _ = jax.lax.scan(halve, cell, None, length=_PATH_DEPTH)
+    to_left = jnp.clip(time - start, 0, width)
+    return between(left, right, to_left, width - to_left, draw(node + 1))

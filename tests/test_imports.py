@@ -14,23 +14,27 @@ ALLOWED = {
     "base": set(),
     "_checks": {"base"},
     "rng": {"base"},
-    "schedules": {"base", "_checks"},
+    "schedules": {"base", "_checks", "schedules"},
     "grids": {"base", "_checks", "schedules"},
     "process": {"base", "_checks", "rng", "schedules"},
     "predictions": {"base", "_checks"},
     "denoisers": {"base", "_checks", "rng", "schedules", "predictions"},
-    "guidance": {"base"},
-    "timesteps": {"base", "rng", "process"},
-    "losses": {"base", "_checks", "rng", "schedules", "process", "predictions", "timesteps"},
-    "solvers": {"base", "rng", "process", "predictions", "solvers"},
-    "sampling": {"base", "rng"},
+    "guidance": {"base", "_checks", "predictions", "guidance"},
+    "editing": {"base", "_checks", "rng", "process", "predictions", "sampling", "solvers"},
+    "timesteps": {"base", "_checks", "rng", "process"},
+    "losses": {
+        "base", "_checks", "rng", "schedules", "process", "predictions", "timesteps", "denoisers",
+        "losses",
+    },
+    "solvers": {"base", "_checks", "rng", "process", "predictions", "solvers"},
+    "sampling": {"base", "_checks", "rng"},
     # These stand alone.
     "models": {"models"},
     "training": {"base", "rng", "training"},
     "data": {"data"},
     "evaluation": {"evaluation"},
     "viz": {"viz"},
-}
+}  # fmt: skip
 MATHEMATICS = set(ALLOWED) - {"models", "training", "data", "evaluation", "viz"}
 OUTSIDE = {"jax", "numpy", "chex"}
 

@@ -13,7 +13,8 @@ def test_streams_are_distinct_and_never_change():
     # A change here changes every result of every user: it is a break of the promise.
     assert {stream.name: stream.value for stream in rng.Stream} == {
         "TIME": 1, "NOISE": 2, "DROPOUT": 3, "LABEL_DROP": 4,
-        "START": 5, "STEP": 6, "FORWARD": 7, "DATA": 8,
+        "START": 5, "STEP": 6, "FORWARD": 7, "DATA": 8, "PATH": 9,
+        "KNOWN": 10, "CORRECTOR": 11, "OFFSET": 12, "SELF_CONDITION": 13, "UP": 14,
     }  # fmt: skip
 
 

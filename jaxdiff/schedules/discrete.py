@@ -1,4 +1,4 @@
-"""Noise schedules: how fast the data turns into noise.
+"""Discrete noise schedules: how fast the data turns into noise, in T steps.
 
 A discrete schedule is known by its betas (Ho et al. 2020, section 2), the variances of the noise
 that each of the T steps of the forward chain adds:
@@ -84,6 +84,11 @@ class NoiseSchedule:
     def log_snr(self, t: Array | int) -> Array:
         """Returns log(alpha² / sigma²) at index `t`, shape of `t`; errors as `at`."""
         return self.at(t).log_snr
+
+    def time(self, log_snr: Array | float) -> Array:
+        """Returns the index at a log-SNR, float, interpolated and held within `[0, T-1]`."""
+        table = jnp.maximum(self.nodes.log_snr, -100)  # the last may be -inf
+        return jnp.interp(-jnp.asarray(log_snr), -table, jnp.arange(self.num_steps, dtype=float))
 
 
 def take(table: Array, t: Array | int) -> Array:
