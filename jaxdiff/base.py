@@ -92,6 +92,10 @@ class Schedule(Protocol):
         """
         ...
 
+    def levels(self, log_snr: Array) -> tuple[Array, Array]:
+        """Returns the alpha and sigma that the schedule's process has at a log-SNR."""
+        ...
+
 
 class Prediction(NamedTuple):
     """What a denoiser believes of x.
@@ -179,7 +183,7 @@ class Solver(NamedTuple):
 
 
 Batch = Mapping[str, Any]
-"""A batch: `x0` `(B, *spatial, C)`, and optionally `cond`, `mask` and `index` `(B,)`."""
+"""A batch: `x0` `(B, *spatial, C)`; optionally `cond`, `mask`, `index` `(B,)` and `history`."""
 
 LossFn = Callable[[PyTree, Array, Batch], tuple[Array, Mapping[str, Any]]]
 """`loss_fn(params, key, batch) -> (per_example (B,), aux)`."""

@@ -122,9 +122,56 @@ def test_from_alphas_bar_returns_what_it_was_given():
     assert zero.log_snr(2) == -np.inf
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("num_steps", [1, 50])
+def test_time_is_the_inverse_of_log_snr(name, num_steps):
+    schedule = ALL[name](num_steps)
+    t = np.arange(num_steps)
+    log_snr = schedule.log_snr(t)
+    back = schedule.time(log_snr)
+    assert jnp.issubdtype(back.dtype, jnp.floating)
+    np.testing.assert_allclose(back, t, atol=1e-3)
+    between = schedule.time((log_snr[:-1] + log_snr[1:]) / 2)
+    np.testing.assert_allclose(between, t[:-1] + 0.5, atol=1e-3)
+    # Held at the ends.
+    np.testing.assert_array_equal(
+        schedule.time(jnp.array([jnp.inf, 99.0, -99.0, -jnp.inf])),
+        [0, 0, num_steps - 1, num_steps - 1],
+    )
+
+
+def test_time_where_the_signal_ends():
+    schedule = schedules.from_alphas_bar([0.9, 0.5, 0.0])
+    np.testing.assert_allclose(schedule.time(schedule.log_snr(np.arange(3))), [0, 1, 2], atol=1e-6)
+    assert schedule.time(0.0) == 1
+    assert 1 < float(schedule.time(-5.0)) < 2
+
+
+def test_zero_terminal_snr_is_lin_et_al():
+    before = schedules.scaled_linear()
+    after = schedules.zero_terminal_snr(before)
+    roots = np.sqrt(np.cumprod(1 - np.asarray(before.betas, np.float64)))
+    expected = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    np.testing.assert_allclose(after.nodes.alpha, expected, rtol=2e-7)
+    assert after.nodes.alpha[-1] == 0
+    assert after.nodes.sigma[-1] == 1
+    assert after.betas[-1] == 1
+    assert after.ends_at_zero_snr
+    assert not before.ends_at_zero_snr
+    chex.assert_trees_all_close(after.at(0), before.at(0), rtol=2e-7)  # the clean end stays
+    chex.assert_trees_all_close(schedules.zero_terminal_snr(after), after, rtol=1e-6, atol=1e-7)
+    # A clipped cosine, whose last betas have few digits of 1 - beta.
+    cosine = schedules.cosine(100)
+    after = schedules.zero_terminal_snr(cosine)
+    roots = np.asarray(cosine.nodes.alpha, np.float64)
+    expected = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    np.testing.assert_allclose(after.nodes.alpha, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
+        (lambda: schedules.zero_terminal_snr(schedules.linear(1)), "at least 2 steps, got 1"),
         (lambda: schedules.from_betas([0.1, 0.0]), r"betas\[1\] = 0\.0"),
         (lambda: schedules.from_betas([0.1, 1.0]), r"in \(0, 1\).*betas\[1\] = 1\.0"),
         (lambda: schedules.from_betas([-0.1]), r"betas\[0\] = -0\.1"),

@@ -31,6 +31,7 @@ from numpy.typing import ArrayLike
 
 from jaxdiff._checks import check_index, is_concrete
 from jaxdiff.base import Array, Node
+from jaxdiff.schedules.continuous import variance_preserving
 
 
 @jax.tree_util.register_dataclass
@@ -89,6 +90,10 @@ class NoiseSchedule:
         """Returns the index at a log-SNR, float, interpolated and held within `[0, T-1]`."""
         table = jnp.maximum(self.nodes.log_snr, -100)  # the last may be -inf
         return jnp.interp(-jnp.asarray(log_snr), -table, jnp.arange(self.num_steps, dtype=float))
+
+    def levels(self, log_snr: Array) -> tuple[Array, Array]:
+        """Returns alpha and sigma at a log-SNR, also between the indices."""
+        return variance_preserving(log_snr)
 
 
 def take(table: Array, t: Array | int) -> Array:
@@ -210,7 +215,7 @@ def cosine(num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> 
       s: the offset that keeps the first betas from being too small, >= 0.
       max_beta: where betas are clipped, in (0, 1).
     """
-    _check_num_steps(num_steps)
+    check_num_steps(num_steps)
     if not s >= 0:
         raise ValueError(f"s must not be negative, got {s}")
     angle = (np.arange(num_steps + 1) / num_steps + s) / (1 + s) * np.pi / 2
@@ -218,6 +223,52 @@ def cosine(num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> 
     now, after = angle[:-1], angle[1:]
     betas = np.sin(after - now) * np.sin(after + now) / np.cos(now) ** 2
     return from_betas(np.minimum(betas, max_beta))
+
+
+def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
+    """Moves and scales the signal so that the last node has none (Lin et al. 2023, algorithm 1).
+
+    alpha_t becomes (alpha_t - alpha_T) alpha_1 / (alpha_1 - alpha_T): the first node stays, the
+    last has alpha exactly 0. Networks for it must not predict eps or score.
+
+    Args:
+      schedule: any discrete schedule of two or more steps.
+
+    Raises:
+      ValueError: the schedule has one step, or its values are not known (inside of a compiled
+        program).
+    """
+    if schedule.num_steps < 2:
+        raise ValueError("the schedule must have at least 2 steps, got 1, which is first and last")
+    alpha = np.exp(log_alphas_bar(schedule) / 2)
+    return from_alphas_bar(((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))) ** 2)
+
+
+def log_alphas_bar(schedule: NoiseSchedule) -> np.ndarray:
+    """Returns log(alpha_bar), eq. (2), float64 `(T,)`, to the precision of the stored betas.
+
+    Raises:
+      ValueError: the schedule's values are not known (inside of a compiled program).
+    """
+    if not is_concrete(schedule.betas):
+        raise ValueError(
+            "a schedule is changed on the host and its values must be known: do it outside of jit, "
+            "or close over the schedule instead of passing it as an argument"
+        )
+    betas, alphas = (np.asarray(a, np.float64) for a in (schedule.betas, schedule.alphas))
+    with np.errstate(divide="ignore"):  # the last alpha may be 0
+        # alphas_bar itself, in float32, has no digits left at the clean end.
+        return np.cumsum(np.where(betas < 0.5, np.log1p(-betas), np.log(alphas)))
+
+
+def check_num_steps(num_steps: int) -> None:
+    """Checks that a number of steps is a positive integer.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if not isinstance(num_steps, (int, np.integer)) or isinstance(num_steps, bool) or num_steps < 1:
+        raise ValueError(f"num_steps must be a positive integer, got {num_steps!r}")
 
 
 def _schedule(betas: np.ndarray, alphas_bar: np.ndarray, noise: np.ndarray) -> NoiseSchedule:
@@ -233,13 +284,8 @@ def _schedule(betas: np.ndarray, alphas_bar: np.ndarray, noise: np.ndarray) -> N
 
 
 def _ramp(num_steps: int) -> np.ndarray:
-    _check_num_steps(num_steps)
+    check_num_steps(num_steps)
     return np.linspace(0.0, 1.0, num_steps)
-
-
-def _check_num_steps(num_steps: int) -> None:
-    if not isinstance(num_steps, (int, np.integer)) or isinstance(num_steps, bool) or num_steps < 1:
-        raise ValueError(f"num_steps must be a positive integer, got {num_steps!r}")
 
 
 def _check_ends(beta_start: float, beta_end: float) -> None:
