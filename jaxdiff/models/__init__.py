@@ -4,6 +4,7 @@ Parameters are plain pytrees and `apply` is a pure function; nothing here knows 
 losses or samplers, and nothing there knows of these networks.
 """
 
+from jaxdiff.models.conditioning import Condition, read_condition
 from jaxdiff.models.layers import (
     AttentionBlock,
     GroupNorm,
@@ -16,10 +17,12 @@ from jaxdiff.models.unet import UNet
 
 __all__ = [
     "AttentionBlock",
+    "Condition",
     "GroupNorm",
     "ResidualBlock",
     "UNet",
     "per_example_dropout",
+    "read_condition",
     "sinusoidal_embedding",
     "upsample_nearest",
 ]

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxdiff.models._checks import check
+
 Array = jax.Array
 
 # Ho et al. 2020 draw every kernel so, but for those that end a residual branch, which start at 0.
@@ -214,12 +216,17 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all positions, around which the input is added.
+    """Attention from all positions to one another, or to tokens, around which the input is added.
+
+    Self-attention where it is given x alone, cross-attention where it is given tokens too.
 
     Attributes:
       num_heads: into how many heads the channels are divided.
       norm: makes a normalisation.
       dtype: of the computation; the softmax is float32.
+
+    Reference:
+      Vaswani et al. 2017, section 3.2; to tokens, Rombach et al. 2022, section 3.3.
     """
 
     num_heads: int = 1
@@ -227,11 +234,18 @@ class AttentionBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, tokens: Array | None = None, mask: Array | None = None) -> Array:
         """Maps `(B, *spatial, C)` to the same shape.
 
+        Args:
+          x: `(B, *spatial, C)`.
+          tokens: `(B, L, D)`, what is attended to, L at least 1; None means x itself. Their order
+            is not seen.
+          mask: `(B, L)`, bool or int, 1 where a token counts; None means that all count. What
+            stands in the others, NaN included, is never seen. Where none counts, x stays as it is.
+
         Raises:
-          ValueError: `num_heads` does not divide C.
+          ValueError: `num_heads` does not divide C, or the shapes of tokens and mask do not fit.
         """
         batch, *spatial, channels = x.shape
         if channels % self.num_heads:
@@ -239,14 +253,48 @@ class AttentionBlock(nn.Module):
                 f"num_heads must divide the channels, got {self.num_heads} heads for {channels} "
                 "channels: choose a divisor, or change channels"
             )
+        _check_tokens(tokens, mask, batch)
         h = self.norm(name="norm")(x).reshape(batch, math.prod(spatial), channels)
+        source = h if tokens is None else tokens
+        if mask is not None:
+            mask = mask.astype(bool)
+            source = jnp.where(mask[:, :, None], source, 0)  # a weight of 0 would let NaN through
 
-        def heads(name: str) -> Array:
-            y = nn.Dense(channels, kernel_init=KERNEL_INIT, dtype=self.dtype, name=name)(h)
-            return y.reshape(*h.shape[:2], self.num_heads, channels // self.num_heads)
+        def heads(name: str, y: Array) -> Array:
+            y = nn.Dense(channels, kernel_init=KERNEL_INIT, dtype=self.dtype, name=name)(y)
+            return y.reshape(*y.shape[:2], self.num_heads, channels // self.num_heads)
 
-        h = jax.nn.dot_product_attention(heads("query"), heads("key"), heads("value"))
+        h = jax.nn.dot_product_attention(
+            heads("query", h),
+            heads("key", source),
+            heads("value", source),
+            mask=None if mask is None else mask[:, None, None, :],
+        )
         h = nn.Dense(channels, kernel_init=ZERO_INIT, dtype=self.dtype, name="out")(
             h.reshape(batch, -1, channels)
         )
+        if mask is not None:
+            # With no token left, the softmax is over nothing; nor may the biases speak then.
+            h = jnp.where(jnp.any(mask, axis=1)[:, None, None], h, 0)
         return x + h.reshape(x.shape)
+
+
+def _check_tokens(tokens: Array | None, mask: Array | None, batch: int) -> None:
+    """Raises ValueError for tokens other than `(B, L, D)` or a mask other than `(B, L)`."""
+    if tokens is None:
+        check(mask is None, "mask", "None where there are no tokens", "a mask", "leave it out")
+        return
+    check(
+        tokens.ndim == 3 and tokens.shape[0] == batch and tokens.shape[1] > 0,
+        "tokens",
+        f"of shape ({batch}, L, D) with L at least 1",
+        f"shape {tokens.shape}",
+        "to attend to nothing, pass one token of zeros and mask it out",
+    )
+    check(
+        mask is None or mask.shape == tokens.shape[:2],
+        "mask",
+        f"None or of shape {tokens.shape[:2]}",
+        f"shape {getattr(mask, 'shape', None)}",
+        "give it one entry per token",
+    )

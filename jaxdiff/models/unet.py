@@ -2,7 +2,8 @@
 
 It knows no diffusion: it maps an array and a noise level to an array. Its layers are, one to one
 and with readable names, those of diffusers' `UNet2DModel`; with the fields of the paper's CIFAR-10
-model it has that model's 35,746,307 parameters.
+model it has that model's 35,746,307 parameters. What it may be told beside the noise level is in
+`jaxdiff.models.conditioning`; each condition adds its own parameters and leaves the others be.
 
 Example (with `jax.eval_shape`, which only traces; `model.init(...)` makes the parameters):
   >>> import jax
@@ -18,6 +19,7 @@ Example (with `jax.eval_shape`, which only traces; `model.init(...)` makes the p
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,6 +27,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxdiff.models import layers
+from jaxdiff.models._checks import check, describe
+from jaxdiff.models.conditioning import Condition, read_condition
 from jaxdiff.models.layers import AttentionBlock, GroupNorm, ResidualBlock, convolution
 
 Array = jax.Array
@@ -37,6 +41,9 @@ class UNet(nn.Module):
     the way up: `down_0_block_1`, `down_1_attention_0`, `down_0_downsample`, `mid_block_0`,
     `up_1_block_2`, `up_1_upsample`. No parameter depends on the size of the input. The output is 0
     at initialisation.
+
+    The channels of x need not be those of the output: for self-conditioning x carries the previous
+    prediction behind its own channels, and with a learned variance the output has twice as many.
 
     Attributes:
       out_channels: channels of the output.
@@ -54,7 +61,16 @@ class UNet(nn.Module):
       scale_shift: whether the embedding scales and shifts activations (Dhariwal & Nichol 2021)
         instead of being added to them.
       num_classes: how many labels there are, or None for no labels. For classifier-free guidance
-        count the "no label" as one.
+        count "no label" as one; by convention it is the last.
+      vector_dim: the length of the vector, of any numbers, that an example comes with, or None.
+        For guidance keep some value, such as zeros, to mean "no vector".
+      sequence_dim: the length of a token of the sequence that an example comes with, or None. Each
+        attention is then followed by one to the tokens, in the middle also where
+        `attention_levels` is empty. Their order is not seen: add positions to tokens if it counts.
+        A sequence with every token masked out is "no sequence" and adds exactly nothing.
+      image_channels: the channels of an image, of the spatial size of x, that an example comes
+        with, or None: the small picture, already enlarged, for super-resolution, or the grey one
+        for colouring.
       noise_level_scale: what a noise level is multiplied by before it is embedded; 1000 suits
         levels in [0, 1].
       dtype: of the computation; parameters, statistics and the output are float32.
@@ -77,6 +93,9 @@ class UNet(nn.Module):
     dropout: float = 0.0
     scale_shift: bool = False
     num_classes: int | None = None
+    vector_dim: int | None = None
+    sequence_dim: int | None = None
+    image_channels: int | None = None
     noise_level_scale: float = 1.0
     dtype: Any = jnp.float32
     remat: bool = False
@@ -86,7 +105,7 @@ class UNet(nn.Module):
         self,
         x: Array,
         noise_level: Array | float,
-        cond: Array | None = None,
+        cond: Array | Mapping[str, Array] | None = None,
         *,
         dropout_keys: Array | None = None,
     ) -> Array:
@@ -96,8 +115,11 @@ class UNet(nn.Module):
           x: float `(B, *spatial, C)` with 1, 2 or 3 spatial axes, each divisible by
             `2 ** (levels - 1)`.
           noise_level: int or float, scalar or `(B,)`.
-          cond: int labels `(B,)` in `[0, num_classes)`, where `num_classes` is set. A label out of
-            range gives NaN.
+          cond: what the fields declare, and no more: a dict with "label" int `(B,)`, "vector"
+            `(B, vector_dim)`, "sequence" `(B, L, sequence_dim)`, if need be "sequence_mask"
+            `(B, L)`, bool or int, 1 where a token counts, and "image"
+            `(B, *spatial, image_channels)`. A bare array means labels. A label outside of
+            `[0, num_classes)` gives NaN; masked tokens may hold anything, NaN too.
           dropout_keys: typed keys `(B,)`, one per example; None means no dropout.
 
         Returns:
@@ -108,9 +130,17 @@ class UNet(nn.Module):
         """
         self._check_fields()
         x, noise_level = jnp.asarray(x), jnp.asarray(noise_level)
-        self._check_arguments(x, noise_level, cond, dropout_keys)
+        self._check_arguments(x, noise_level, dropout_keys)
+        told = read_condition(
+            cond,
+            x,
+            num_classes=self.num_classes,
+            vector_dim=self.vector_dim,
+            sequence_dim=self.sequence_dim,
+            image_channels=self.image_channels,
+        )
 
-        embedding = nn.silu(self._embed(jnp.broadcast_to(noise_level, x.shape[:1]), cond))
+        embedding = nn.silu(self._embed(jnp.broadcast_to(noise_level, x.shape[:1]), told))
         norm = functools.partial(
             GroupNorm, self.num_groups, self.min_group_channels, dtype=self.dtype
         )
@@ -125,10 +155,17 @@ class UNet(nn.Module):
         def attention(h: Array, name: str) -> Array:
             cls = nn.remat(AttentionBlock) if self.remat else AttentionBlock
             heads = h.shape[-1] // self.head_dim if self.head_dim else self.num_heads
-            return cls(heads, norm, self.dtype, name=name)(h)
+            h = cls(heads, norm, self.dtype, name=name)(h)
+            if told.sequence is not None:
+                name = name.replace("attention", "cross_attention")
+                h = cls(heads, norm, self.dtype, name=name)(h, told.sequence, told.sequence_mask)
+            return h
 
         last = len(self.channel_multipliers) - 1
-        h = conv(self.channels, name="conv_in")(x.astype(self.dtype))
+        h = x.astype(self.dtype)
+        if told.image is not None:
+            h = jnp.concatenate([h, told.image.astype(self.dtype)], axis=-1)
+        h = conv(self.channels, name="conv_in")(h)
         skips = [h]
         for level in range(last + 1):
             for i in range(self.num_res_blocks):
@@ -158,8 +195,8 @@ class UNet(nn.Module):
         h = conv(self.out_channels, kernel_init=layers.ZERO_INIT, name="conv_out")(h)
         return h.astype(jnp.float32)
 
-    def _embed(self, noise_level: Array, cond: Array | None) -> Array:
-        """Embeds noise levels `(B,)`, and labels `(B,)` if any, as `(B, 4 * channels)`."""
+    def _embed(self, noise_level: Array, told: Condition) -> Array:
+        """Embeds noise levels `(B,)`, and labels and vectors if any, as `(B, 4 * channels)`."""
         dense = functools.partial(
             nn.Dense, 4 * self.channels, kernel_init=layers.KERNEL_INIT, dtype=self.dtype
         )
@@ -167,7 +204,7 @@ class UNet(nn.Module):
         embedding = layers.sinusoidal_embedding(levels, self.channels)
         embedding = dense(name="embedding_0")(embedding)
         embedding = dense(name="embedding_1")(nn.silu(embedding))
-        if cond is not None:
+        if told.label is not None:
             table = nn.Embed(
                 self.num_classes,
                 4 * self.channels,
@@ -175,28 +212,33 @@ class UNet(nn.Module):
                 dtype=self.dtype,
                 name="label_embedding",
             )
-            embedding = embedding + table(jnp.asarray(cond))
+            label = told.label.astype(jnp.int32)
+            known = (label >= 0) & (label < self.num_classes)  # -1 would be read as the last
+            embedding = embedding + jnp.where(known[:, None], table(label), jnp.nan)
+        if told.vector is not None:
+            vector = dense(name="vector_embedding_0")(told.vector)
+            embedding = embedding + dense(name="vector_embedding_1")(nn.silu(vector))
         return embedding
 
     def _check_fields(self) -> None:
         """Raises ValueError for fields that make no network."""
         for name in ("out_channels", "num_res_blocks", "num_heads", "num_groups"):
-            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name), "raise it")
-        _check(
+            check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name), "raise it")
+        check(
             self.min_group_channels >= 1,
             "min_group_channels",
             "at least 1",
             self.min_group_channels,
             "4 keeps small models from losing the noise level",
         )
-        _check(
+        check(
             self.channels >= 4 and self.channels % 2 == 0,
             "channels",
             "even and at least 4",
             self.channels,
             "half of the embedding are sines, half cosines",
         )
-        _check(
+        check(
             len(self.channel_multipliers) > 0 and min(self.channel_multipliers) >= 1,
             "channel_multipliers",
             "one positive int per level",
@@ -204,28 +246,28 @@ class UNet(nn.Module):
             "(1, 2, 2, 2) makes four levels",
         )
         levels = len(self.channel_multipliers)
-        _check(
+        check(
             all(0 <= level < levels for level in self.attention_levels),
             "attention_levels",
             f"indices of the {levels} levels, in [0, {levels})",
             self.attention_levels,
             "they count resolutions, 0 being full resolution, and are not sizes in pixels",
         )
-        _check(
-            0.0 <= self.dropout < 1.0, "dropout", "in [0, 1)", self.dropout, "0 means no dropout"
-        )
-        _check(
-            self.num_classes is None or self.num_classes >= 1,
-            "num_classes",
-            "None or at least 1",
-            self.num_classes,
-            "None means a network without labels",
-        )
+        check(0.0 <= self.dropout < 1.0, "dropout", "in [0, 1)", self.dropout, "0 means no dropout")
+        for name, what in (
+            ("num_classes", "labels"),
+            ("vector_dim", "vectors"),
+            ("sequence_dim", "sequences"),
+            ("image_channels", "images"),
+        ):
+            value = getattr(self, name)
+            cure = f"None means a network without {what}"
+            check(value is None or value >= 1, name, "None or at least 1", value, cure)
         attended = {*self.attention_levels, levels - 1}  # the middle always attends
         for level in sorted(attended):
             name = "num_heads" if self.head_dim is None else "head_dim"
             width, value = self.channels * self.channel_multipliers[level], getattr(self, name)
-            _check(
+            check(
                 value >= 1 and width % value == 0,
                 name,
                 f"a divisor of the {width} channels of level {level}",
@@ -233,18 +275,16 @@ class UNet(nn.Module):
                 "choose a divisor, or change channels",
             )
 
-    def _check_arguments(
-        self, x: Array, noise_level: Array, cond: Array | None, dropout_keys: Array | None
-    ) -> None:
+    def _check_arguments(self, x: Array, noise_level: Array, dropout_keys: Array | None) -> None:
         """Raises ValueError for arguments that do not fit; costs nothing at run time."""
-        _check(
+        check(
             3 <= x.ndim <= 5,
             "x",
             "(B, *spatial, C) with 1, 2 or 3 spatial axes",
             f"shape {x.shape}",
             "add the batch and channel axes if they are missing",
         )
-        _check(
+        check(
             jnp.issubdtype(x.dtype, jnp.floating),
             "x",
             "floating",
@@ -252,7 +292,7 @@ class UNet(nn.Module):
             "scale the data to floats in [-1, 1]",
         )
         factor = 2 ** (len(self.channel_multipliers) - 1)
-        _check(
+        check(
             all(size > 0 and size % factor == 0 for size in x.shape[1:-1]),
             "x",
             f"spatial sizes divisible by {factor}, as {len(self.channel_multipliers)} levels halve "
@@ -261,40 +301,20 @@ class UNet(nn.Module):
             "pad x, or use fewer channel_multipliers",
         )
         batch = x.shape[:1]
-        _check(
+        check(
             noise_level.shape in ((), batch) and _is_real(noise_level),
             "noise_level",
             f"int or float of shape () or {batch}",
-            f"{noise_level.dtype} of shape {noise_level.shape}",
+            describe(noise_level),
             "one level for all examples, or one for each",
         )
-        if self.num_classes is None:
-            _check(
-                cond is None, "cond", "None", "labels", "set num_classes to make a network of them"
-            )
-        else:
-            _check(
-                cond is not None,
-                "cond",
-                f"int labels of shape {batch} as num_classes is {self.num_classes}",
-                None,
-                'pass labels (for "no label", the one you keep for it), or leave num_classes unset',
-            )
-            cond = jnp.asarray(cond)
-            _check(
-                cond.shape == batch and jnp.issubdtype(cond.dtype, jnp.integer),
-                "cond",
-                f"int labels of shape {batch}",
-                f"{cond.dtype} of shape {cond.shape}",
-                "pass one label per example",
-            )
         if dropout_keys is not None:
-            _check(
+            check(
                 jax.dtypes.issubdtype(dropout_keys.dtype, jax.dtypes.prng_key)
                 and dropout_keys.shape == batch,
                 "dropout_keys",
                 f"typed keys of shape {batch}",
-                f"{dropout_keys.dtype} of shape {dropout_keys.shape}",
+                describe(dropout_keys),
                 "make them with jax.random.split(jax.random.key(seed), B) or rng.per_example",
             )
 
@@ -302,9 +322,3 @@ class UNet(nn.Module):
 def _is_real(x: Array) -> bool:
     """Whether `x` is int or float."""
     return jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _check(fits: bool, name: str, expected: str, got: Any, cure: str) -> None:
-    """Raises a ValueError that says what was expected, what came and what to do."""
-    if not fits:
-        raise ValueError(f"{name} must be {expected}, got {got}: {cure}")
