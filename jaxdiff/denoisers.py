@@ -15,7 +15,7 @@ and with r_k(x) the probability of component k given x,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +23,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jaxdiff import rng
-from jaxdiff.base import Array, Denoiser, Network, Node, Prediction, PyTree
-from jaxdiff.predictions import Parameterization, check_signal
-from jaxdiff.schedules import NoiseSchedule
+from jaxdiff.base import Array, Denoiser, Network, Node, Prediction, PyTree, Schedule
+from jaxdiff.predictions import Parameterization, check_signal, split_variance
 
 
 def from_network(
     apply_fn: Network,
     params: PyTree,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     parameterization: Parameterization,
     cond: PyTree = None,
+    *,
+    learned_variance: bool = False,
+    self_condition: bool = False,
 ) -> Denoiser:
     """Makes a denoiser of a network.
 
@@ -44,22 +46,110 @@ def from_network(
       schedule: the schedule that the network was trained on.
       parameterization: what the network's output means.
       cond: the condition, a pytree of arrays `(B, ...)`, or None.
+      learned_variance: whether the output has 2C channels, the latter C for the variance
+        (`predictions.split_variance`); the prediction then holds a `variance`.
+      self_condition: whether the network also sees its last prediction: its input is
+        `concat([x, x0_prev], -1)`, and the denoiser `(x, node, x0_prev=None) -> Prediction`, zeros
+        for None. `solvers.self_conditioned` hands the prediction on (Chen et al. 2023, "Analog
+        bits").
 
     Returns:
       The denoiser.
 
     Raises:
       ValueError: the schedule ends at zero signal-to-noise ratio, where the parameterization says
-        nothing about clean data (Lin et al. 2023).
+        nothing about clean data (Lin et al. 2023); in the denoiser, the output has not 2C channels
+        for a learned variance.
     """
     check_signal(parameterization, schedule.ends_at_zero_snr)
 
-    def denoiser(x: Array, node: Node) -> Prediction:
+    def predict(inputs: Array, x: Array, node: Node) -> Prediction:
         noise_level = jnp.broadcast_to(node.t, x.shape[:1])
-        output = apply_fn(params, x, noise_level, cond)
-        return Prediction(parameterization.x0(output.astype(x.dtype), x, node))
+        output = apply_fn(params, inputs, noise_level, cond).astype(x.dtype)
+        fraction = None
+        if learned_variance:
+            output, fraction = split_variance(output, x.shape[-1])
+        return Prediction(parameterization.x0(output, x, node), fraction)
 
-    return denoiser
+    def plain(x: Array, node: Node) -> Prediction:
+        return predict(x, x, node)
+
+    def self_conditioned(x: Array, node: Node, x0_prev: Array | None = None) -> Prediction:
+        x0_prev = jnp.zeros_like(x) if x0_prev is None else x0_prev
+        return predict(jnp.concatenate([x, x0_prev], axis=-1), x, node)
+
+    return self_conditioned if self_condition else plain
+
+
+def preconditioned(apply_fn: Network, schedule: Schedule, sigma_data: float = 0.5) -> Network:
+    """Scales what a network sees, as EDM does; train it with `predictions.edm(sigma_data)`.
+
+    Its input is c_in x, of unit variance at every node, and its noise level c_noise:
+
+        c_in = 1 / sqrt(alpha² sigma_data² + sigma²),    c_noise = log(sigma / alpha) / 4      (4)
+
+    (Karras et al. 2022, table 1, there for alpha = 1). Between the indices of a discrete schedule
+    the log-SNR is interpolated, as `schedule.time` does it.
+
+    Args:
+      apply_fn: the network to wrap; not a self-conditioned one, whose input holds clean data, too.
+      schedule: the schedule that turns the t that the network is told into alpha and sigma. Nodes
+        on another scale need `at_any_scale` around the denoiser.
+      sigma_data: the standard deviation of the data, positive.
+
+    Returns:
+      The network, told t as any other.
+
+    Raises:
+      ValueError: `sigma_data` is not positive.
+    """
+    if not sigma_data > 0:
+        raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+
+    def network(params: PyTree, x: Array, noise_level: Array, cond: PyTree, **kwargs: Any) -> Array:
+        node, log_snr = _between(schedule, noise_level)
+        node = node.over(x)
+        c_in = jax.lax.rsqrt((sigma_data * node.alpha) ** 2 + node.sigma**2)
+        return apply_fn(params, (c_in * x).astype(x.dtype), -log_snr / 8, cond, **kwargs)
+
+    return network
+
+
+def _between(schedule: Schedule, t: Array) -> tuple[Node, Array]:
+    """Returns the node at any t, also between indices, and its log-SNR, kept within 100."""
+    if schedule.num_steps is None:
+        return schedule.at(t), jnp.clip(schedule.log_snr(t), -100, 100)
+    indices = jnp.arange(schedule.num_steps)
+    table = jnp.clip(schedule.log_snr(indices), -100, 100)
+    t = t.astype(jnp.float32)
+    log_snr = jnp.interp(t, indices.astype(jnp.float32), table)
+    # A discrete schedule preserves the variance.
+    alpha, sigma = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
+    return Node(t, jnp.sqrt(alpha), jnp.sqrt(sigma)), log_snr
+
+
+def at_any_scale(denoiser: Denoiser) -> Denoiser:
+    """Takes a denoiser for nodes with alpha² + sigma² = 1 to nodes of any scale.
+
+    At a node (alpha, sigma) it is asked about x / s at (alpha, sigma) / s, s² = alpha² + sigma²,
+    which is the same noise on the same clean data. So a network of a variance-preserving process
+    walks the variance-exploding grids of Karras et al. 2022 (alpha = 1).
+
+    Args:
+      denoiser: a denoiser; it is told the node's own t.
+
+    Returns:
+      The denoiser for any scale. Further arguments are handed on.
+    """
+
+    def scaled(x: Array, node: Node, *args: Any) -> Prediction:
+        def scale(node: Node) -> Array:
+            return jnp.sqrt(node.alpha**2 + node.sigma**2)
+
+        unit = Node(node.t, node.alpha / scale(node), node.sigma / scale(node))
+        return denoiser(x / scale(node.over(x)), unit, *args)
+
+    return scaled
 
 
 class Exact(NamedTuple):

@@ -105,7 +105,7 @@ def edm(sigma_data: float = 0.5) -> Parameterization:
     """The preconditioned output F of EDM (Karras et al. 2022, table 1), for any alpha and sigma.
 
     D = c_skip x + c_out F with the c of the paper at the noise-to-signal ratio sigma / alpha. The
-    network's input is x itself here; scale it by c_in where the process is variance exploding.
+    other half of the preconditioning, c_in and c_noise, is `denoisers.preconditioned`.
 
     Args:
       sigma_data: the standard deviation of the data, positive.
@@ -160,6 +160,30 @@ def convert(
     """
     clean = source.x0(output, x, node)
     return target.target(clean, eps_from_x0(clean, x, node), node)
+
+
+def split_variance(output: Array, channels: int) -> tuple[Array, Array]:
+    """Splits the output of a network that also predicts a variance.
+
+    Args:
+      output: `(B, ..., 2C)`: C channels of the parameterization's output, and C that say, from -1
+        to 1, where the logarithm of the variance lies between the small and the large one (Nichol
+        & Dhariwal 2021, eq. 15).
+      channels: C, those of the data.
+
+    Returns:
+      The output proper and the fraction of `process.reverse_variance`, from 0 to 1, each
+      `(B, ..., C)`.
+
+    Raises:
+      ValueError: the output has not 2C channels.
+    """
+    if output.shape[-1] != 2 * channels:
+        raise ValueError(
+            f"a network that learns the variance of data of {channels} channels must have "
+            f"{2 * channels} output channels, got {output.shape}"
+        )
+    return output[..., :channels], (output[..., channels:] + 1) / 2
 
 
 def check_signal(parameterization: Parameterization, alpha_can_vanish: bool) -> None:

@@ -13,10 +13,17 @@ r = alpha_t / alpha_s and v = sigma_t² - r² sigma_s²,
                                                                                            (4)
 
 (Ho et al. 2020, eqs. 2, 4, 6-7; Song et al. 2021, eq. 11; Kingma et al. 2021, appendix A). With
-consecutive indices v is beta_t.
+consecutive indices v is beta_t. A model of the step back has a variance of its own, between that of
+eq. (4) and v:
+
+    small = v sigma_s²/sigma_t²,    large = v,    learned = large^f small^(1 - f)          (5)
+
+(Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, eq. 15).
 """
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +156,62 @@ def step_variance(now: Node, next: Node) -> Array:
     ratio = now.alpha / next.alpha
     spread = ratio * next.sigma
     return jnp.maximum((now.sigma - spread) * (now.sigma + spread), 0)
+
+
+Variance = Literal["small", "large", "learned"]
+"""Which variance of eq. (5) the step back has."""
+
+
+def reverse_variance(
+    variance: Variance,
+    now: Node,
+    next: Node,
+    fraction: Array | None = None,
+    *,
+    least: Array | float = 0.0,
+) -> Array:
+    """Returns the variance of a step back from `now` to `next`, eq. (5), for any s < t.
+
+    Args:
+      variance: "small", "large" or "learned".
+      now: the noisier node, t, sigma > 0.
+      next: the cleaner node, s.
+      fraction: f, the share of the large variance in the logarithm, in [0, 1]: a prediction's
+        `variance`. "learned" needs it, and nodes that broadcast against it (`Node.over`).
+      least: what takes the place of the small variance at a clean `next`, where eq. (4) has none;
+        a decoder needs one. The large one is v there, too.
+
+    Returns:
+      The variance, shape of the nodes' fields or of `fraction`.
+
+    Raises:
+      ValueError: `variance` is none of the three, or there is no `fraction` for "learned".
+    """
+    check_variance(variance)
+    large = step_variance(now, next)
+    if variance == "large":
+        return large
+    kept = jnp.where(next.sigma > 0, (next.sigma / now.sigma) ** 2, least / now.sigma**2)
+    if variance == "small":
+        return large * kept
+    if fraction is None:
+        raise ValueError(
+            'variance "learned" needs a denoiser that predicts one, got a prediction without: '
+            "make it with denoisers.from_network(..., learned_variance=True)"
+        )
+    # The ratio of the small to the large variance, to the power 1 - f.
+    log_kept = jnp.log(jnp.where(kept > 0, kept, 1))
+    return jnp.where(kept > 0, large * jnp.exp((1 - fraction) * log_kept), 0)
+
+
+def check_variance(variance: str) -> None:
+    """Checks the name of a variance.
+
+    Raises:
+      ValueError: it is none of eq. (5).
+    """
+    if variance not in get_args(Variance):
+        raise ValueError(f'variance must be "small", "large" or "learned", got {variance!r}')
 
 
 def forward_chain(key: Array, schedule: NoiseSchedule, x0: Array, *, every: int = 1) -> Array:

@@ -16,6 +16,7 @@ Example:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ def save(
     """
     checkpoints.save_checkpointables_async(
         int(state.step),
-        {"state": state},
+        {"state": _fields(state)},
         force=True,
         custom_metadata={"data": data, "config": dict(config)},
     )
@@ -130,13 +131,14 @@ def restore(checkpoints: Checkpointer, like: TrainState, step: int | None = None
         )
     try:
         abstract = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
+            _fields(like),
         )
         metadata = checkpoints.checkpointables_metadata(step).custom_metadata or {}
         missing = {"data", "config"} - set(metadata)
         if missing:
             raise ValueError(f"its _CHECKPOINT_METADATA is damaged: no {sorted(missing)}")
-        state = checkpoints.load_checkpointables(step, {"state": abstract})["state"]
+        fields = checkpoints.load_checkpointables(step, {"state": abstract})["state"]
     except Exception as error:  # whatever a damaged file leads to, in any layer below
         older = [s for s in steps if s < step]
         cure = f"go on from step {older[-1]}" if older else "start afresh"
@@ -146,4 +148,15 @@ def restore(checkpoints: Checkpointer, like: TrainState, step: int | None = None
             f"or of another model or optimiser. To {cure}, delete that folder and run the same "
             f"command. Cause: {cause[:500]}"
         ) from error
-    return Restored(state, metadata["data"], metadata["config"])
+    return Restored(TrainState(**fields), metadata["data"], metadata["config"])
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    """Returns what is saved of a state, by name.
+
+    No history is no entry, so that checkpoints from before there was one are read as well.
+    """
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    if fields["history"] is None:
+        del fields["history"]
+    return fields

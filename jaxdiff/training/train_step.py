@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from jaxdiff.training import ema as ema_lib
 
 Optimizer = optax.GradientTransformation | optax.MultiSteps
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Mapping[str, Array]]]
+UpdateHistory = Callable[[PyTree, Array, Array], PyTree]
+"""`(history, t (N,), loss (N,)) -> history`, as `timesteps.loss_aware` makes it."""
 
 
 @jax.tree_util.register_dataclass
@@ -33,24 +35,45 @@ class TrainState:
       params: the network's parameters.
       opt_state: the optimiser's state.
       ema: the average of the parameters, their structure, or None.
+      history: what the loss function is to remember of past losses, or None; with
+        `optax.MultiSteps` a `PendingHistory`.
     """
 
     step: Array
     params: PyTree
     opt_state: Any
     ema: PyTree | None
+    history: PyTree | None = None
 
 
-def init_state(params: PyTree, optimizer: Optimizer, *, ema: bool = True) -> TrainState:
+class PendingHistory(NamedTuple):
+    """The history while microbatches are accumulated: all of an update see the same.
+
+    Attributes:
+      now: what the microbatches of this update see.
+      next: what those of the next will see: `now` and the microbatches done so far.
+    """
+
+    now: PyTree
+    next: PyTree
+
+
+def init_state(
+    params: PyTree, optimizer: Optimizer, *, ema: bool = True, history: PyTree | None = None
+) -> TrainState:
     """Returns the state before the first step.
 
     Args:
       params: the network's initial parameters.
       optimizer: the optimiser that the train step is made with.
       ema: whether to keep an average of the parameters.
+      history: the empty history, if the train step is made with `update_history`.
     """
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.int32(0), params, optimizer.init(params), average)
+    opt_state = optimizer.init(params)
+    if history is not None and isinstance(opt_state, optax.MultiStepsState):
+        history = PendingHistory(history, jax.tree.map(jnp.copy, history))
+    return TrainState(jnp.int32(0), params, opt_state, average, history)
 
 
 def make_train_step(
@@ -60,6 +83,7 @@ def make_train_step(
     axis_name: str | tuple[str, ...] | None = None,
     *,
     key: Array | None = None,
+    update_history: UpdateHistory | None = None,
 ) -> TrainStep:
     """Makes the train step.
 
@@ -73,6 +97,9 @@ def make_train_step(
       axis_name: the mapped axis or axes when called inside `jax.pmap` or `jax.shard_map`, with
         the batch divided along them in order; None under plain `jax.jit`, on any sharding.
       key: the run's key, one typed key; `jax.random.key(0)` if not given.
+      update_history: for a loss that depends on past losses: the step passes the state's history
+        to `loss_fn` as `batch["history"]`, and then gives this function the `t` and `loss`
+        `(B,)` of `aux`, of the whole batch in the order of the index.
 
     Returns:
       `step(state, batch) -> (state, metrics)`: pure, not compiled; donate the state. `metrics`
@@ -81,15 +108,19 @@ def make_train_step(
     Raises:
       TypeError: `key` is not one typed key.
       ValueError: a constant decay lies outside [0, 1); in the step, the state holds no average
-        although `ema` is given, or the other way round.
+        although `ema` is given, or the other way round, and so for the history; `aux` lacks what
+        `update_history` needs.
     """
     run_key = rng.check_key(jax.random.key(0) if key is None else key)
     if ema is not None:
         ema_lib.check_decay(ema)
 
-    def mean_loss(params: PyTree, key: Array, batch: Batch) -> Array:
-        per_example, _ = loss_fn(params, key, batch)
-        return jnp.mean(per_example)
+    def mean_loss(
+        params: PyTree, key: Array, batch: Batch
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        per_example, aux = loss_fn(params, key, batch)
+        seen = None if update_history is None else _seen(aux, per_example)
+        return jnp.mean(per_example), seen
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Array]]:
         if (ema is None) != (state.ema is None):
@@ -97,27 +128,40 @@ def make_train_step(
                 f"ema={ema} in make_train_step does not fit a state "
                 f"{'without' if state.ema is None else 'with'} an average: see init_state(ema=...)"
             )
+        if (update_history is None) != (state.history is None):
+            raise ValueError(
+                f"make_train_step {'without' if update_history is None else 'with'} update_history "
+                f"does not fit a state {'without' if state.history is None else 'with'} a history: "
+                "see init_state(history=...)"
+            )
         count, microbatch = _position(state)
         if "index" not in batch:
             batch = {**batch, "index": _global_index(batch["x0"].shape[0], microbatch, axis_name)}
+        if update_history is not None:
+            history = state.history
+            now = history.now if isinstance(history, PendingHistory) else history
+            batch = {**batch, "history": now}
         params, key = state.params, jax.random.fold_in(run_key, count)
         if axis_name is not None:
             # Inside shard_map the gradient of replicated parameters would come out summed over
             # the devices already; as varying parameters they get each device's own gradient.
             params, key = jax.lax.pcast((params, key), axis_name, to="varying")
-        loss, grads = jax.value_and_grad(mean_loss)(params, key, batch)
+        (loss, seen), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, key, batch)
         if axis_name is not None:
             loss, grads = jax.lax.pmean((loss, grads), axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        average = None
+        updated = not isinstance(opt_state, optax.MultiStepsState) or opt_state.mini_step == 0
+        average = history = None
         if ema is not None:
             average = ema_lib.update(state.ema, params, ema(count) if callable(ema) else ema)
-            if isinstance(opt_state, optax.MultiStepsState):
-                updated = opt_state.mini_step == 0
-                average = jax.tree.map(lambda a, b: jnp.where(updated, a, b), average, state.ema)
+            average = _where(updated, average, state.ema)
+        if update_history is not None:
+            if axis_name is not None:
+                seen = jax.lax.all_gather(seen, axis_name, tiled=True, to="invarying")
+            history = _extend(state.history, lambda past: update_history(past, *seen), updated)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state, average), metrics
+        return TrainState(state.step + 1, params, opt_state, average, history), metrics
 
     return step
 
@@ -136,3 +180,27 @@ def _global_index(
     if axis_name is not None:
         microbatch = microbatch * jax.lax.axis_size(axis_name) + jax.lax.axis_index(axis_name)
     return microbatch * size + jnp.arange(size)
+
+
+def _seen(aux: Mapping[str, Any], per_example: Array) -> tuple[Array, Array]:
+    """Returns the t and loss that `update_history` gets."""
+    shapes = {name: jnp.shape(aux[name]) for name in ("t", "loss") if name in aux}
+    if shapes != {"t": per_example.shape, "loss": per_example.shape}:
+        raise ValueError(
+            f"update_history needs 't' and 'loss' of shape {per_example.shape} in the aux that "
+            f"loss_fn returns, got {shapes or 'neither'}"
+        )
+    return aux["t"], aux["loss"]
+
+
+def _extend(history: PyTree, update: Callable[[PyTree], PyTree], updated: Array | bool) -> PyTree:
+    if not isinstance(history, PendingHistory):
+        return update(history)
+    following = update(history.next)
+    return PendingHistory(_where(updated, following, history.now), following)
+
+
+def _where(condition: Array | bool, a: PyTree, b: PyTree) -> PyTree:
+    if condition is True:
+        return a
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
