@@ -20,7 +20,7 @@ import enum
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.base import Array
+from jaxdiff.base import Array, Node
 
 
 class Stream(enum.IntEnum):
@@ -90,6 +90,13 @@ def stream(keys: Array, name: Stream, step: Array | int | None = None) -> Array:
     if step is None:
         return keys
     return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+
+
+def at_node(keys: Array, node: Node) -> Array:
+    """Returns the keys of a node: where a solver's keys are the same in every step."""
+    sigma = jnp.broadcast_to(jnp.asarray(node.sigma, jnp.float32), keys.shape)
+    bits = jax.lax.bitcast_convert_type(sigma, jnp.uint32)
+    return jax.vmap(jax.random.fold_in)(keys, bits)
 
 
 def normal(keys: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:

@@ -32,9 +32,10 @@ def ddim(eta: float = 0.0) -> Solver:
         keys: Array, denoiser: Denoiser, state: SolverState, now: Node, next: Node
     ) -> tuple[SolverState, Info]:
         x = state.x
-        x0 = denoiser(x, now).x0
+        prediction = denoiser(x, now)
+        x0 = prediction.x0
         eps = eps_from_x0(x0, x, now)
-        info = Info(x0, jnp.int32(1))
+        info = Info(x0, prediction.evaluations)
         now, next = now.over(x), next.over(x)
         if eta == 0:
             return SolverState(next.alpha * x0 + next.sigma * eps), info
@@ -45,3 +46,33 @@ def ddim(eta: float = 0.0) -> Solver:
         return SolverState(next.alpha * x0 + next.sigma * noise), info
 
     return Solver(lambda x, node: SolverState(x), step)
+
+
+def euler() -> Solver:
+    """`ddim()` under the name it has in variance-exploding and flow models.
+
+    Where alpha = 1 it is x' = x + (sigma' - sigma) (x - x0)/sigma (Karras et al. 2022;
+    k-diffusion's `sample_euler`), for rectified flow x' = x + (t' - t) v (Liu et al. 2023).
+
+    Returns:
+      The solver, of order 1, one evaluation a step.
+    """
+    return ddim()
+
+
+def euler_ancestral(eta: float = 1.0) -> Solver:
+    """`ddim(eta)` under the name it has in variance-exploding models.
+
+    An Euler step down to sqrt(sigma'² - tau²), then noise of standard deviation tau = eta sigma'
+    sqrt(1 - sigma'²/sigma²) (k-diffusion's `sample_euler_ancestral`, Crowson 2022).
+
+    Args:
+      eta: the share of fresh noise, in [0, 1].
+
+    Returns:
+      The solver, one evaluation a step.
+
+    Raises:
+      ValueError: `eta` lies outside [0, 1].
+    """
+    return ddim(eta)
