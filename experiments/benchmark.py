@@ -20,7 +20,7 @@ import tqdm
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import build, runs, runtime
+from experiments import build, drawing, runs, runtime
 from jaxdiff.base import PyTree
 
 FLAGS = flags.FLAGS
@@ -40,7 +40,7 @@ def sampler(config: ConfigDict, steps: int) -> Callable[..., Any]:
     """Returns the compiled sampler of the configuration, with so many steps."""
     config = config.copy_and_resolve_references()
     config.sample.steps = steps
-    return build.make_draw(config, shape_of(config))
+    return drawing.make_draw(config, shape_of(config))
 
 
 def shape_of(config: ConfigDict) -> tuple[int, ...]:

@@ -11,36 +11,51 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from jaxdiff import (
     data,
     denoisers,
-    grids,
-    guidance,
     losses,
     predictions,
-    sampling,
     schedules,
-    solvers,
     timesteps,
 )
-from jaxdiff.base import Array, PyTree
+from jaxdiff.base import LossFn, Network, PyTree, Schedule
 from jaxdiff.models import UNet
 from jaxdiff.training import TrainState, ema, init_state, make_train_step
 
 SCHEDULES = {
     name: getattr(schedules, name)
-    for name in ("linear", "scaled_linear", "cosine", "sigmoid", "quadratic", "exponential")
+    for name in (
+        *("linear", "scaled_linear", "cosine", "sigmoid", "quadratic", "exponential"),
+        *("vp_linear", "sub_vp", "vp_cosine", "vp_sigmoid", "laplace", "ve", "edm"),
+        "rectified_flow",
+    )
 }
 PARAMETERIZATIONS = {
-    name: getattr(predictions, name) for name in ("x0", "eps", "v", "score", "flow")
+    name: getattr(predictions, name) for name in ("x0", "eps", "v", "score", "flow", "edm")
 }
-GRIDS = {name: getattr(grids, name) for name in ("trailing", "leading", "linspace")}
-SOLVERS = {
-    "ddpm": lambda options: solvers.ddpm(options.variance),
-    "ddim": lambda options: solvers.ddim(options.eta),
+WEIGHTINGS = {
+    "unit": lambda: losses.unit,
+    "snr": lambda: losses.snr,
+    "min_snr": losses.min_snr,
+    "truncated_snr": lambda: losses.truncated_snr,
+    "snr_plus_one": lambda: losses.snr_plus_one,
+    "p2": losses.p2,
+    "sigmoid": losses.sigmoid,
+    "edm": losses.edm,
+    "flow_matching": lambda: losses.flow_matching,
+    "elbo": losses.elbo,
+}
+TIMESTEPS = {
+    "uniform": lambda: timesteps.uniform,
+    "stratified": timesteps.stratified,
+    "low_discrepancy": timesteps.low_discrepancy,
+    "logit_normal": timesteps.logit_normal,
+    "log_normal_sigma": timesteps.log_normal_sigma,
+    "loss_aware": timesteps.loss_aware,
 }
 
 
@@ -91,24 +106,71 @@ def example_shape(config: ConfigDict, source: data.Source) -> tuple[int, ...]:
     return (*((config.data.pad_to or size) for size in spatial), channels)
 
 
-def make_schedule(config: ConfigDict) -> schedules.NoiseSchedule:
+def call(
+    what: str,
+    name: str,
+    among: Mapping[str, Callable[..., Any]],
+    options: Mapping[str, Any],
+    *args: Any,
+) -> Any:
+    """Returns `among[name](*args, **options)`, without the options that are None.
+
+    Raises:
+      ValueError: there is no such name, or it takes no such option.
+    """
+    make = choose(what, name, among)
+    given = {key: value for key, value in options.items() if value is not None}
+    takes = list(inspect.signature(make).parameters)[len(args) :]
+    if unknown := sorted(given.keys() - set(takes)):
+        others = f"its options are {', '.join(takes)}" if takes else "it has no options"
+        raise ValueError(f"{what}={name} takes no {', '.join(unknown)}: {others}")
+    return make(*args, **given)
+
+
+def make_schedule(config: ConfigDict) -> Schedule:
     """Returns the noise schedule."""
     options = config.schedule.to_dict()
-    make = choose("schedule.name", options.pop("name"), SCHEDULES)
-    given = {name: value for name, value in options.items() if value is not None}
-    if unknown := given.keys() - inspect.signature(make).parameters:
-        raise ValueError(f"the {config.schedule.name} schedule takes no {', '.join(unknown)}")
-    return make(**given)
+    name, shift = options.pop("name"), options.pop("shift")
+    zero_terminal_snr = options.pop("zero_terminal_snr")
+    make = choose("schedule.name", name, SCHEDULES)
+    if "num_steps" not in inspect.signature(make).parameters:
+        del options["num_steps"]  # a continuous schedule has none
+    schedule = call("schedule.name", name, SCHEDULES, options)
+    if zero_terminal_snr:
+        if schedule.num_steps is None:
+            raise ValueError("schedule.zero_terminal_snr is for discrete schedules")
+        schedule = schedules.zero_terminal_snr(schedule)
+    if shift != 1:
+        if schedule.num_steps is not None:
+            raise ValueError("schedule.shift is for continuous schedules")
+        schedule = schedules.shifted(schedule, shift)
+    return schedule
 
 
 def make_parameterization(config: ConfigDict) -> predictions.Parameterization:
     """Returns what the network predicts."""
-    return choose("parameterization", config.parameterization, PARAMETERIZATIONS)
+    chosen = choose("parameterization", config.parameterization, PARAMETERIZATIONS)
+    return chosen(config.sigma_data) if config.parameterization == "edm" else chosen
 
 
 def make_model(config: ConfigDict, channels: int) -> UNet:
     """Returns the network, for data of so many channels."""
-    return UNet(out_channels=channels, **{**config.model, "dtype": jnp.dtype(config.model.dtype)})
+    classes = config.labels.num_classes
+    return UNet(
+        out_channels=channels * (1 if config.vlb_weight is None else 2),
+        # One more: no label.
+        num_classes=classes + 1 if classes else None,
+        noise_level_scale=1.0 if make_schedule(config).num_steps else 1000.0,
+        **{**config.model, "dtype": jnp.dtype(config.model.dtype)},
+    )
+
+
+def make_network(config: ConfigDict, channels: int) -> Network:
+    """Returns the network as a function, scaled as its parameterization wants it."""
+    apply_fn = make_model(config, channels).apply
+    if config.parameterization == "edm":
+        return denoisers.preconditioned(apply_fn, make_schedule(config), config.sigma_data)
+    return apply_fn
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation | optax.MultiSteps:
@@ -146,82 +208,70 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation | optax.M
     return optimizer
 
 
+def make_loss(config: ConfigDict, shape: tuple[int, ...]) -> LossFn:
+    """Returns the loss function, for examples of the given shape."""
+    schedule = make_schedule(config)
+    elbo = (schedule,) if config.weighting == "elbo" else ()
+    weighting = {**config.weighting_options.to_dict()}
+    if config.weighting == "edm":
+        weighting["sigma_data"] = config.sigma_data
+    return losses.denoising_loss(
+        make_network(config, shape[-1]),
+        schedule,
+        make_parameterization(config),
+        call("weighting", config.weighting, WEIGHTINGS, weighting, *elbo),
+        make_timesteps(config),
+        dropout=config.model.dropout > 0,
+        cond_dropout=config.labels.dropout if config.labels.num_classes else 0.0,
+        null_cond=np.int32(config.labels.num_classes) if config.labels.num_classes else None,
+        offset_noise=config.offset_noise,
+        self_condition=config.self_condition,
+        vlb_weight=config.vlb_weight,
+    )
+
+
+def make_timesteps(config: ConfigDict) -> Any:
+    """Returns the sampler of training's t."""
+    # Those that spread t over the batch want to know its size.
+    size = (
+        (config.train.batch_size,) if config.timesteps in ("stratified", "low_discrepancy") else ()
+    )
+    return call("timesteps", config.timesteps, TIMESTEPS, config.timesteps_options.to_dict(), *size)
+
+
 def make_training(
     config: ConfigDict, shape: tuple[int, ...]
 ) -> tuple[Callable[[], TrainState], Callable[..., Any]]:
     """Returns `init() -> state` and the pure train step, for examples of the given shape."""
-    model, optimizer = make_model(config, shape[-1]), make_optimizer(config)
-    schedule, parameterization = make_schedule(config), make_parameterization(config)
-    loss_fn = losses.denoising_loss(
-        model.apply,
-        schedule,
-        parameterization,
-        choose(
-            "weighting",
-            config.weighting,
-            {
-                "unit": losses.unit,
-                "snr": losses.snr,
-                "min_snr": losses.min_snr(config.min_snr_gamma),
-            },
-        ),
-        choose(
-            "timesteps",
-            config.timesteps,
-            {
-                "uniform": timesteps.uniform,
-                "stratified": timesteps.stratified(config.train.batch_size),
-            },
-        ),
-        dropout=config.model.dropout > 0,
+    model, optimizer, sampler = (
+        make_model(config, shape[-1]),
+        make_optimizer(config),
+        make_timesteps(config),
     )
+    loss_aware = isinstance(sampler, timesteps.LossAware)
     # Two addresses of the run's seed: one for the parameters, one for all that training draws.
     key = jax.random.key(config.seed)
     init_key, train_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
 
     def init() -> TrainState:
         # Lazily: the shapes suffice, no forward pass is run.
-        example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+        *spatial, channels = shape
+        channels *= 2 if config.self_condition else 1
+        example = jax.ShapeDtypeStruct((1, *spatial, channels), jnp.float32)
         level = jax.ShapeDtypeStruct((1,), jnp.int32)
-        return init_state(model.lazy_init(init_key, example, level), optimizer)
+        label = (jax.ShapeDtypeStruct((1,), jnp.int32),) if config.labels.num_classes else ()
+        params = model.lazy_init(init_key, example, level, *label)
+        history = sampler.init(make_schedule(config)) if loss_aware else None
+        return init_state(params, optimizer, history=history)
 
-    step = make_train_step(loss_fn, optimizer, ema.warmup(config.ema_decay), key=train_key)
+    step = make_train_step(
+        make_loss(config, shape),
+        optimizer,
+        ema.warmup(config.ema_decay),
+        update_history=sampler.update if loss_aware else None,
+        key=train_key,
+    )
     return init, step
-
-
-def make_draw(
-    config: ConfigDict, shape: tuple[int, ...], *, trajectory_every: int | None = None
-) -> Callable[[PyTree, Array | int], Any]:
-    """Returns `draw(params, first_index) -> samples`, compiled, by `config.sample`.
-
-    The batch is divided over all devices where their number divides it.
-    """
-    options = config.sample
-    apply_fn = make_model(config, shape[-1]).apply
-    schedule, parameterization = make_schedule(config), make_parameterization(config)
-    grid = choose("sample.grid", options.grid, GRIDS)(schedule, options.steps)
-    solver = choose("sample.solver", options.solver, SOLVERS)(options)
-    if options.batch_size < 1:
-        raise ValueError(f"sample.batch_size must be at least 1, got {options.batch_size}")
-    whole = mesh() if options.batch_size % jax.device_count() == 0 else None
-
-    def draw(params: PyTree, first_index: Array) -> Any:
-        denoiser = denoisers.from_network(apply_fn, params, schedule, parameterization)
-        if options.clip:
-            denoiser = guidance.clip_x0(denoiser)
-        return sampling.sample(
-            jax.random.key(options.seed),
-            denoiser,
-            solver,
-            grid,
-            (options.batch_size, *shape),
-            first_index=first_index,
-            trajectory_every=trajectory_every,
-        )
-
-    if whole is None or trajectory_every is not None:
-        return jax.jit(draw)
-    return jax.jit(draw, out_shardings=NamedSharding(whole, PartitionSpec("data")))
 
 
 def mesh() -> Mesh:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
+
+
+def _options(of_type: type, *names: str) -> dict[str, Any]:
+    return {name: config_dict.placeholder(of_type) for name in names}
 
 
 def default() -> ConfigDict:
@@ -23,16 +29,35 @@ def default() -> ConfigDict:
                 "in_memory": True,  # decode once, keep as uint8
                 "worker_count": 0,  # processes that decode, where not in memory
             },
+            # Names are those of the tables in experiments.build; options that are not given are the
+            # library's own.
             "schedule": {
                 "name": "linear",
-                "num_steps": 1000,
-                "beta_start": config_dict.placeholder(float),  # the schedule's own if not given
-                "beta_end": config_dict.placeholder(float),
+                "num_steps": 1000,  # of a discrete schedule
+                "shift": 1.0,  # of a continuous one, by the factor of the resolution
+                "zero_terminal_snr": False,  # of a discrete one
+                **_options(
+                    float,
+                    *("beta_start", "beta_end", "beta_min", "beta_max", "sigma_min", "sigma_max"),
+                    *("s", "rho", "start", "end", "tau", "mean", "scale"),
+                ),
             },
-            "parameterization": "eps",  # x0, eps, v, score or flow
-            "weighting": "unit",  # unit, snr or min_snr
-            "min_snr_gamma": 5.0,
-            "timesteps": "uniform",  # uniform or stratified
+            "parameterization": "eps",
+            "sigma_data": 0.5,  # of edm, as parameterization and as weighting
+            "weighting": "unit",
+            "weighting_options": _options(float, "gamma", "k", "bias"),
+            "timesteps": "uniform",
+            "timesteps_options": {
+                **_options(float, "mean", "std", "uniform_probability"),
+                **_options(int, "num_terms"),
+            },
+            "vlb_weight": config_dict.placeholder(float),  # learns the variance, too; 0.001
+            "offset_noise": 0.0,
+            "self_condition": False,
+            "labels": {
+                "num_classes": 0,  # the network is told the data's labels; 0 for not
+                "dropout": 0.1,  # how often it is not, for classifier-free guidance
+            },
             "model": {
                 "channels": 128,
                 "channel_multipliers": (1, 2, 2, 2),
@@ -68,12 +93,25 @@ def default() -> ConfigDict:
             "sample": {
                 "num": 64,
                 "batch_size": 64,
-                "solver": "ddim",  # ddpm or ddim
-                "variance": "small",  # of ddpm
-                "eta": 0.0,  # of ddim
-                "grid": "trailing",  # trailing, leading or linspace
+                "solver": "ddim",
+                "solver_options": {
+                    **_options(str, "variance", "kind", "average", "variant"),
+                    **_options(int, "order", "corrector_steps"),
+                    **_options(float, "eta", "snr", "rtol", "atol"),
+                },
+                "grid": "trailing",
+                "grid_options": _options(float, "rho", "a", "b", "sigma_min", "sigma_max", "end"),
                 "steps": 50,
-                "clip": True,
+                "churn": 0.0,  # EDM's S_churn
+                "churn_options": _options(float, "s_min", "s_max"),  # of sigma/alpha
+                "churn_noise": 1.0,  # EDM's S_noise
+                "guidance": "none",
+                "guidance_options": {
+                    **_options(float, "scale", "rescale", "eta", "norm_threshold", "low", "high"),
+                    "weak_step": config_dict.placeholder(int),  # of autoguidance: a checkpoint's
+                },
+                "threshold": "static",  # of the predicted clean data: static, dynamic or none
+                "label": config_dict.placeholder(int),  # of all samples; in turn if not given
                 "seed": 0,
             },
             "evaluate": {

@@ -18,12 +18,16 @@ SHOWN = 100  # samples in a picture
 
 
 def save_samples(
-    stem: Path, samples: np.ndarray, options: Mapping[str, Any], *, first_index: int = 0
+    stem: Path,
+    samples: np.ndarray,
+    options: Mapping[str, Any],
+    first_index: int = 0,
+    labels: Any = None,
 ) -> None:
     """Writes STEM.png, a picture of the first samples, and STEM.npz, all of them.
 
-    The archive holds `samples`, float32 as drawn; `images`, uint8; `index`, their numbers; and
-    `options`, JSON.
+    The archive holds `samples`, float32 as drawn; `images`, uint8; `index`, their numbers;
+    `options`, JSON; and `labels`, the classes asked for, if any.
     """
     images = viz.to_uint8(samples)
     scale = max(1, 64 // images.shape[1])  # small images are enlarged enough to be recognised
@@ -35,6 +39,7 @@ def save_samples(
         images=images,
         index=first_index + np.arange(len(samples)),
         options=json.dumps(dict(options), sort_keys=True),
+        **({} if labels is None else {"labels": np.asarray(labels)}),
     )
     os.replace(temporary, stem.with_suffix(".npz"))
 

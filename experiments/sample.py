@@ -3,6 +3,8 @@
     python -m experiments.sample --workdir=runs/digits --num=100
     python -m experiments.sample --workdir=runs/digits --num=20 --first_index=40 --solver=ddpm \
         --steps=1000 --gif
+    python -m experiments.sample --workdir=runs/digits_conditional --solver=dpm_solver_pp \
+        --order=3 --grid=karras --rho=5 --steps=20 --guidance=classifier_free --scale=2 --label=7
 
 Sample i of a seed is the same picture whatever the batch size and the number of devices: the second
 command draws those numbered 40 to 59.
@@ -20,7 +22,7 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from experiments import build, report, runs, runtime
+from experiments import build, drawing, report, runs, runtime
 from experiments.config import default
 from jaxdiff import sampling, viz
 from jaxdiff.base import PyTree
@@ -29,8 +31,52 @@ from jaxdiff.training import checkpoints
 FLAGS = flags.FLAGS
 GIF_FRAMES = 50
 
-# Flags that override the run's own `config.sample`.
-OVERRIDES = ("num", "batch_size", "solver", "variance", "eta", "grid", "steps", "seed", "clip")
+# Flags that override the run's own `config.sample`, with their place there and their help.
+OVERRIDES = {
+    "num": ("num", "How many samples."),
+    "batch_size": ("batch_size", "How many at a time, over all devices."),
+    "seed": ("seed", "The seed."),
+    "label": ("label", "The class of all samples; in turn if not given."),
+    "steps": ("steps", "How many steps: intervals of the grid."),
+    "solver": ("solver", "The solver."),
+    "order": ("solver_options.order", "Of dpm_solver(_pp), sde_dpm_solver_pp, unipc, deis, lms."),
+    "kind": ("solver_options.kind", "Of dpm_solver(_pp): multistep or singlestep."),
+    "average": ("solver_options.average", "Of (sde_)dpm_solver(_pp): midpoint or exact."),
+    "variant": ("solver_options.variant", "Of unipc: bh1 or bh2."),
+    "variance": ("solver_options.variance", "Of ddpm: small, large or learned."),
+    "eta": ("solver_options.eta", "The noise of ddim and euler_ancestral, in [0, 1]."),
+    "corrector_steps": ("solver_options.corrector_steps", "Of predictor_corrector."),
+    "snr": ("solver_options.snr", "Of predictor_corrector."),
+    "rtol": ("solver_options.rtol", "The relative tolerance of probability_flow."),
+    "atol": ("solver_options.atol", "The absolute tolerance of probability_flow."),
+    "grid": ("grid", "The spacing of the steps."),
+    "rho": ("grid_options.rho", "Of karras."),
+    "beta_a": ("grid_options.a", "Of beta."),
+    "beta_b": ("grid_options.b", "Of beta."),
+    "sigma_max": ("grid_options.sigma_max", "The first sigma/alpha, of spacings in it."),
+    "sigma_min": ("grid_options.sigma_min", "The last sigma/alpha, of spacings in it."),
+    "grid_end": ("grid_options.end", "The last time of linspace, quadratic and beta."),
+    "churn": ("churn", "EDM's S_churn."),
+    "churn_low": ("churn_options.s_min", "EDM's S_min: no churn below this sigma/alpha."),
+    "churn_high": ("churn_options.s_max", "EDM's S_max: no churn above this sigma/alpha."),
+    "churn_noise": ("churn_noise", "EDM's S_noise."),
+    "guidance": ("guidance", "The guidance."),
+    "scale": ("guidance_options.scale", "The scale of the guidance; 1 for none."),
+    "rescale": ("guidance_options.rescale", "The share of Lin et al.'s rescaling."),
+    "guidance_eta": ("guidance_options.eta", "The parallel share of adaptive_projected."),
+    "norm_threshold": ("guidance_options.norm_threshold", "Of adaptive_projected."),
+    "guidance_low": ("guidance_options.low", "No guidance below this sigma/alpha."),
+    "guidance_high": ("guidance_options.high", "No guidance above this sigma/alpha."),
+    "weak_step": ("guidance_options.weak_step", "The worse checkpoint, for autoguidance."),
+    "threshold": ("threshold", "Of the predicted clean data."),
+}
+CHOICES = {
+    "solver": drawing.SOLVERS,
+    "grid": drawing.GRIDS,
+    "guidance": drawing.GUIDANCE,
+    "threshold": drawing.THRESHOLDS,
+}
+AT_LEAST = {"num": 1, "batch_size": 1, "seed": 0}
 
 
 def define_flags() -> None:
@@ -39,17 +85,37 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder to write to; WORKDIR/drawn if not given.")
     flags.DEFINE_integer("step", None, "The checkpoint to use; the newest if not given.")
     flags.DEFINE_bool("ema", True, "Use the average of the parameters.")
-    flags.DEFINE_integer("num", None, "How many samples.", lower_bound=1)
     flags.DEFINE_integer("first_index", 0, "The number of the first sample.", lower_bound=0)
-    flags.DEFINE_integer("batch_size", None, "How many at a time, over all devices.", lower_bound=1)
-    flags.DEFINE_integer("seed", None, "The seed.", lower_bound=0)
-    flags.DEFINE_enum("solver", None, list(build.SOLVERS), "The solver.")
-    flags.DEFINE_enum("variance", None, ["small", "large"], "The variance of ddpm.")
-    flags.DEFINE_float("eta", None, "The noise of ddim, in [0, 1].")
-    flags.DEFINE_enum("grid", None, list(build.GRIDS), "The spacing of the steps.")
-    flags.DEFINE_integer("steps", None, "How many steps, 1 to the schedule's number.")
-    flags.DEFINE_bool("clip", None, "Clip the predicted clean data to [-1, 1].")
     flags.DEFINE_bool("gif", False, "Also write the reverse process of the first samples.")
+    for name, (key, text) in OVERRIDES.items():
+        section, last = place(default(), key)
+        of_type = section.get_type(last)
+        if name in CHOICES:
+            flags.DEFINE_enum(name, None, list(CHOICES[name]), text)
+        elif of_type is int:
+            flags.DEFINE_integer(name, None, text, lower_bound=AT_LEAST.get(name))
+        elif of_type is float:
+            flags.DEFINE_float(name, None, text)
+        else:
+            flags.DEFINE_string(name, None, text)
+
+
+def place(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+    """Returns the section of `config.sample` that a dotted key is in, and its last part."""
+    *section, last = key.split(".")
+    return (config.sample[section[0]] if section else config.sample), last
+
+
+def override(config: ConfigDict) -> None:
+    """Writes the flags that are given into `config.sample`."""
+    given = {name: getattr(FLAGS, name) for name in OVERRIDES if getattr(FLAGS, name) is not None}
+    for name in ("solver", "grid", "guidance"):
+        if given.get(name, config.sample[name]) != config.sample[name]:
+            # The run's options are of another one.
+            config.sample[f"{name}_options"] = default().sample[f"{name}_options"]
+    for name, value in given.items():
+        section, last = place(config, OVERRIDES[name][0])
+        section[last] = value
 
 
 def load(workdir: Path, step: int | None, *, ema: bool) -> tuple[ConfigDict, PyTree, tuple, int]:
@@ -73,11 +139,29 @@ def load(workdir: Path, step: int | None, *, ema: bool) -> tuple[ConfigDict, PyT
     return config, state.ema if ema else state.params, shape, int(state.step)
 
 
+def load_weak(config: ConfigDict, workdir: Path, *, ema: bool) -> PyTree:
+    """Returns the parameters of the worse network of autoguidance, or None for others.
+
+    Raises:
+      ValueError: autoguidance is not told which.
+    """
+    if config.sample.guidance != "autoguidance":
+        return None
+    step = config.sample.guidance_options.weak_step
+    if step is None:
+        raise ValueError("autoguidance needs a worse network: name a checkpoint by --weak_step")
+    return load(workdir, step, ema=ema)[1]
+
+
 def draw_all(
-    config: ConfigDict, params: PyTree, shape: tuple[int, ...], first_index: int
+    config: ConfigDict,
+    params: PyTree,
+    shape: tuple[int, ...],
+    first_index: int = 0,
+    weak: PyTree = None,
 ) -> np.ndarray:
     """Returns `config.sample.num` samples, numbered from `first_index` on."""
-    draw = functools.partial(build.make_draw(config, shape), params)
+    draw = functools.partial(drawing.make_draw(config, shape), params, weak=weak)
     options, drawn = config.sample, []
     with tqdm.tqdm(total=options.num, unit="sample", desc="samples", disable=None) as bar:
         for batch in sampling.in_batches(draw, options.num, first_index=first_index):
@@ -87,14 +171,19 @@ def draw_all(
 
 
 def save_gif(
-    path: Path, config: ConfigDict, params: PyTree, shape: tuple[int, ...], first_index: int
+    path: Path,
+    config: ConfigDict,
+    params: PyTree,
+    shape: tuple[int, ...],
+    first_index: int,
+    weak: PyTree,
 ) -> None:
     """Writes the reverse process of the first samples: above x_t, below the predicted x0."""
     config = config.copy_and_resolve_references()
     config.sample.batch_size = min(config.sample.num, 16)
-    every = -(-config.sample.steps // GIF_FRAMES)
-    draw = build.make_draw(config, shape, trajectory_every=every)
-    _, record = draw(params, first_index)
+    every = -(-(drawing.make_grid(config).sigma.size - 1) // GIF_FRAMES)
+    draw = drawing.make_draw(config, shape, trajectory_every=every)
+    _, record = draw(params, first_index, weak)
     frames = [
         viz.image_grid(viz.to_uint8(np.concatenate([x, x0])), columns=config.sample.batch_size)
         for x, x0 in zip(np.asarray(record.x), np.asarray(record.x0), strict=True)
@@ -106,16 +195,16 @@ def main() -> None:
     """Runs the command."""
     workdir = Path(FLAGS.workdir)
     config, params, shape, step = load(workdir, FLAGS.step, ema=FLAGS.ema)
-    for name in OVERRIDES:
-        if (value := getattr(FLAGS, name)) is not None:
-            config.sample[name] = value
+    override(config)
     out = Path(FLAGS.out or workdir / "drawn")
     out.mkdir(parents=True, exist_ok=True)
-    samples = draw_all(config, params, shape, FLAGS.first_index)
+    weak = load_weak(config, workdir, ema=FLAGS.ema)
+    samples = draw_all(config, params, shape, FLAGS.first_index, weak)
     options = {**config.sample.to_dict(), "step": step, "ema": FLAGS.ema}
-    report.save_samples(out / "samples", samples, options, first_index=FLAGS.first_index)
+    labels = drawing.make_labels(config, FLAGS.first_index, len(samples))
+    report.save_samples(out / "samples", samples, options, FLAGS.first_index, labels)
     if FLAGS.gif:
-        save_gif(out / "samples.gif", config, params, shape, FLAGS.first_index)
+        save_gif(out / "samples.gif", config, params, shape, FLAGS.first_index, weak)
     print(f"drew {len(samples)} samples with the parameters of step {step}")
     print(f"look at {out / 'samples.png'}; the samples themselves are in {out / 'samples.npz'}")
 

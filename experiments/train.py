@@ -23,7 +23,7 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
-from experiments import build, report, runs, runtime
+from experiments import build, drawing, report, runs, runtime
 from jaxdiff import evaluation, sampling, viz
 from jaxdiff.training import TrainState, checkpoints
 
@@ -61,7 +61,7 @@ def train(config: ConfigDict, workdir: Path, *, allow_config_change: bool = Fals
     shape = build.example_shape(config, source)
     batches = build.make_batches(config, source)
     init, step_fn = build.make_training(config, shape)
-    draw = build.make_draw(config, shape)
+    draw = drawing.make_draw(config, shape)
     like = jax.eval_shape(init)
     runs.open_workdir(workdir, config, allow_change=allow_config_change)
 
@@ -169,7 +169,13 @@ def loop(
     pending: list[Mapping[str, jax.Array]] = []  # metrics that are on the device still
     since = time.monotonic()
     for step in range(first + 1, last + 1):
-        batch = {"x0": jax.make_array_from_process_local_data(rows, next(batches)["x0"])}
+        arrays = next(batches)
+        if not config.labels.num_classes:
+            arrays = {"x0": arrays["x0"]}
+        batch = {
+            name: jax.make_array_from_process_local_data(rows, array)
+            for name, array in arrays.items()
+        }
         state, values = step_fn(state, batch)
         pending.append(values)
         bar.update()
@@ -245,7 +251,8 @@ def finish(
     scores = {}
     if len(samples):
         images = viz.to_uint8(samples)
-        report.save_samples(workdir / "samples", samples, config.sample.to_dict())
+        labels = drawing.make_labels(config, 0, len(samples))
+        report.save_samples(workdir / "samples", samples, config.sample.to_dict(), labels=labels)
         if config.evaluate.neighbours:
             real = np.stack([source[i]["image"] for i in range(len(source))])
             k = config.evaluate.neighbours

@@ -105,8 +105,16 @@ def worst_score(states, moments):
     return max(scores), stats.norm.isf(FALSE_ALARM / 2 / len(scores))
 
 
-@pytest.mark.parametrize("num_steps", [1000, 50, 10])
-@pytest.mark.parametrize("name", FAMILY)
+# Reading a path costs 19 draws a step; 50 steps say as much of it as 1000.
+CASES = [
+    (name, num_steps)
+    for name, (solver, _) in FAMILY.items()
+    for num_steps in (1000, 50, 10)
+    if num_steps < 1000 or not solver.one_path
+]
+
+
+@pytest.mark.parametrize(("name", "num_steps"), CASES)
 def test_gaussian_moments_at_every_node(name, num_steps):
     solver, eta = FAMILY[name]
     grid = grids.trailing(SCHEDULE, num_steps)
@@ -204,10 +212,13 @@ OTHERS = ["sde_dpm_solver_pp_2m", "predictor_corrector", "corrected_ddim"]
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "ddim_0.5", "ddim_1", *OTHERS])
-def test_mixture_at_1000_steps_is_the_process(name):
-    grid = grids.trailing(SCHEDULE, 1000)
-    states = draw(MIXTURE, SOLVERS[name].solver, grid, 8000, every=20)
-    nodes = points(grid)[20::20]
+def test_mixture_at_many_steps_is_the_process(name):
+    # 2M has in 250 steps the error that those of first order have in 1000.
+    num_steps = 250 if SOLVERS[name].solver.one_path else 1000
+    every = num_steps // 50
+    grid = grids.trailing(SCHEDULE, num_steps)
+    states = draw(MIXTURE, SOLVERS[name].solver, grid, 8000, every=every)
+    nodes = points(grid)[every::every]
     distances = [
         stats.kstest(x, partial(mixture_cdf, node=node)).statistic
         for x, node in zip(states, nodes, strict=True)

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("grain")
 pytest.importorskip("ml_collections")
 
-from experiments import build, runs, sample, train
+from experiments import build, drawing, runs, sample, train
 from experiments.config import default
 from experiments.configs import cifar10, digits, fashion_mnist, mnist
 from jaxdiff.training import checkpoints
@@ -247,7 +247,7 @@ def test_every_config_makes_a_model_and_a_sampler(module):
     state = jax.eval_shape(init)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert config.name != "cifar10" or count == 35_746_307
-    drawn = jax.eval_shape(build.make_draw(config, shape), state.ema, 0)
+    drawn = jax.eval_shape(drawing.make_draw(config, shape), state.ema, 0)
     assert drawn.shape == (config.sample.batch_size, *shape)
 
 
