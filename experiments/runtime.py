@@ -79,7 +79,9 @@ def _clear_flag_errors() -> Iterator[None]:
         _fail(str(error), 2)
     except (AttributeError, KeyError) as error:  # ml_collections' own, of an unknown key
         inner = error.args[0] if isinstance(error.args[0], Exception) else error
-        _fail("the configuration has no key " + str(inner.args[0]).replace("\n", ". "), 2)
+        # Without its dump of all keys there are, where none is near.
+        text = str(inner.args[0]).partition("Other fields present")[0].strip()
+        _fail("the configuration has no key " + text.replace("\n", ". "), 2)
 
 
 def _fail(message: str, status: int) -> NoReturn:

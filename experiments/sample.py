@@ -176,7 +176,7 @@ def save_gif(
     params: PyTree,
     shape: tuple[int, ...],
     first_index: int,
-    weak: PyTree,
+    weak: PyTree = None,
 ) -> None:
     """Writes the reverse process of the first samples: above x_t, below the predicted x0."""
     config = config.copy_and_resolve_references()

@@ -16,7 +16,14 @@ pytest.importorskip("ml_collections")
 
 from experiments import build, drawing, runs, sample, train
 from experiments.config import default
-from experiments.configs import cifar10, digits, fashion_mnist, mnist
+from experiments.configs import (
+    cifar10,
+    digits,
+    digits_conditional,
+    digits_learned_variance,
+    fashion_mnist,
+    mnist,
+)
 from jaxdiff.training import checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -175,7 +182,11 @@ def test_a_truncated_checkpoint_is_an_error_never_a_fresh_start(finished, tmp_pa
     [
         ({"sample": {"steps": 1001}}, ValueError, "num_steps must be an integer from 1 to"),
         ({"sample": {"solver": "ddpn"}}, ValueError, "did you mean 'ddpm'"),
-        ({"sample": {"eta": 2.0, "solver": "ddim"}}, ValueError, "eta must lie in"),
+        (
+            {"sample": {"solver": "ddim", "solver_options": {"eta": 2.0}}},
+            ValueError,
+            "eta must lie in",
+        ),
         ({"schedule": {"name": "cosin"}}, ValueError, "did you mean 'cosine'"),
         ({"schedule": {"name": "linear", "beta_end": 1.0}}, ValueError, "beta must lie in"),
         ({"schedule": {"beta_end": 0.1}}, ValueError, "takes no beta_end"),
@@ -239,10 +250,15 @@ def test_the_command_line_names_what_is_wrong(tmp_path, arguments, match):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("module", [digits, mnist, fashion_mnist, cifar10])
+@pytest.mark.parametrize(
+    "module",
+    [digits, digits_conditional, digits_learned_variance, mnist, fashion_mnist, cifar10],
+)
 def test_every_config_makes_a_model_and_a_sampler(module):
     config = module.get_config()
-    shape = {"digits": (8, 8, 1), "cifar10": (32, 32, 3)}.get(config.name, (32, 32, 1))
+    shape = {"cifar10": (32, 32, 3)}.get(config.name, (32, 32, 1))
+    if config.name.startswith("digits"):
+        shape = (8, 8, 1)
     init, _ = build.make_training(config, shape)
     state = jax.eval_shape(init)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
