@@ -37,6 +37,9 @@ class Node:
     alpha: Array
     sigma: Array
 
+    # Without it `for node in grid` would never end: JAX clamps an index that is out of range.
+    __iter__ = None
+
     def over(self, x: Array) -> Node:
         """Returns the node with fields that broadcast against `x` `(B, ...)`.
 

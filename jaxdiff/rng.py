@@ -94,9 +94,12 @@ def stream(keys: Array, name: Stream, step: Array | int | None = None) -> Array:
 
 def at_node(keys: Array, node: Node) -> Array:
     """Returns the keys of a node: where a solver's keys are the same in every step."""
-    sigma = jnp.broadcast_to(jnp.asarray(node.sigma, jnp.float32), keys.shape)
-    bits = jax.lax.bitcast_convert_type(sigma, jnp.uint32)
-    return jax.vmap(jax.random.fold_in)(keys, bits)
+    # Both levels: next to pure noise sigma alone is the same at several nodes, in float32.
+    for level in (node.alpha, node.sigma):
+        level = jnp.broadcast_to(jnp.asarray(level, jnp.float32), keys.shape)
+        bits = jax.lax.bitcast_convert_type(level, jnp.uint32)
+        keys = jax.vmap(jax.random.fold_in)(keys, bits)
+    return keys
 
 
 def normal(keys: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:

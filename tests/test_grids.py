@@ -489,3 +489,8 @@ def test_floats_are_float64_where_that_is_enabled():
         assert {wide.alpha.dtype, wide.sigma.dtype} == {np.dtype("float64")}
         np.testing.assert_array_equal(np.float32(wide.sigma), make().sigma)
     assert in_float64(lambda: grids.trailing(LINEAR, 5)).t.dtype == np.int32
+
+
+def test_a_grid_is_indexed_and_not_iterated():
+    with pytest.raises(TypeError, match="not iterable"):
+        iter(grids.trailing(LINEAR, 3))

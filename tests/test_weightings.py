@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxdiff import denoisers, losses, predictions, schedules
@@ -197,3 +198,38 @@ def test_elbo_of_gaussian_data_depends_on_the_ends_of_the_schedule_only():
 def test_bad_arguments_are_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_a_learned_schedule_trains_with_its_network():
+    # Noise and network in one gradient: the loss falls and the ends of the log-SNR move.
+    data = 0.5 * jax.random.normal(jax.random.key(0), (256, 2))
+    optimizer = optax.adam(3e-2)
+    params = {
+        "schedule": schedules.init_learned(jax.random.key(1), 16, -6.0, 6.0),
+        "network": {"slope": jnp.zeros(()), "bias": jnp.zeros(())},
+    }
+
+    def apply_fn(params, x, noise_level, cond):
+        return (params["slope"] + params["bias"] * noise_level[:, None]) * x
+
+    def mean_loss(params, key):
+        schedule = schedules.learned(params["schedule"])
+        loss_fn = losses.denoising_loss(apply_fn, schedule, predictions.v, losses.elbo(schedule))
+        return jnp.mean(loss_fn(params["network"], key, {"x0": data})[0])
+
+    @jax.jit
+    def step(carry, key):
+        params, state = carry
+        loss, grads = jax.value_and_grad(mean_loss)(params, key)
+        updates, state = optimizer.update(grads, state)
+        return (optax.apply_updates(params, updates), state), (loss, optax.tree.norm(grads))
+
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(2), jnp.arange(150))
+    (after, _), (values, norms) = jax.lax.scan(step, (params, optimizer.init(params)), keys)
+    assert np.all(np.isfinite(values))
+    assert np.all(np.isfinite(norms))
+    assert np.mean(values[-20:]) < 0.8 * np.mean(values[:20])
+    before, now = (schedules.learned(p["schedule"]) for p in (params, after))
+    assert abs(float(now.log_snr(1.0) - before.log_snr(1.0))) > 0.1
+    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), params, after)
+    assert min(jax.tree.leaves(moved)) > 0
