@@ -26,10 +26,13 @@ from jaxdiff.base import LossFn, Network, PyTree, Schedule
 from jaxdiff.models import UNet
 from jaxdiff.training import TrainState, ema, init_state, make_train_step
 
-SCHEDULES = {
+DISCRETE = {
+    name: getattr(schedules, name)
+    for name in ("linear", "scaled_linear", "cosine", "sigmoid", "quadratic", "exponential")
+}
+SCHEDULES = DISCRETE | {
     name: getattr(schedules, name)
     for name in (
-        *("linear", "scaled_linear", "cosine", "sigmoid", "quadratic", "exponential"),
         *("vp_linear", "sub_vp", "vp_cosine", "vp_sigmoid", "laplace", "ve", "edm"),
         "rectified_flow",
     )

@@ -30,7 +30,7 @@ from absl import flags
 from scipy.special import ndtr
 
 from experiments import runtime
-from experiments.build import SCHEDULES
+from experiments.build import DISCRETE
 from jaxdiff import denoisers, process, schedules, viz
 from jaxdiff.base import Node
 
@@ -55,7 +55,7 @@ def define_flags(values: flags.FlagValues = FLAGS) -> None:
         "image_size", 256, "The photograph's longer side is reduced to this.", 8, **define
     )
     flags.DEFINE_enum(
-        "schedule", "linear", list(SCHEDULES), "What the photograph is noised under.", **define
+        "schedule", "linear", list(DISCRETE), "What the photograph is noised under.", **define
     )
     flags.DEFINE_integer("steps", 1000, "Steps of each schedule.", 1, **define)
     flags.DEFINE_integer("frames", 50, "Frames at most, besides the clean one.", 1, **define)
@@ -170,7 +170,7 @@ def photo(
     out: pathlib.Path, x0: np.ndarray, name: str, steps: int, frames: int, seed: int
 ) -> tuple[list[pathlib.Path], viz.Section]:
     """Noises a photograph `(H, W, 3)`; returns what it wrote and a section for the report."""
-    chain = run_chain(jax.random.key(seed), SCHEDULES[name](steps), x0[None], frames)
+    chain = run_chain(jax.random.key(seed), DISCRETE[name](steps), x0[None], frames)
     images = viz.to_uint8(chain.states[:, 0])
     # A GIF has no caption of its own, so its frames carry theirs.
     marked = [viz.with_caption(*pair) for pair in zip(images, chain.captions, strict=True)]
@@ -199,7 +199,7 @@ def mixture(
     key = jax.random.key(seed)
     x0 = exact.sample(key, samples)
     runs = {"constant": schedules.from_betas(np.full(40, 0.5))}
-    runs |= {name: make(steps) for name, make in SCHEDULES.items()}
+    runs |= {name: make(steps) for name, make in DISCRETE.items()}
     chains = {name: run_chain(key, schedule, x0, frames) for name, schedule in runs.items()}
 
     written, rows = [], []

@@ -40,7 +40,7 @@ def test_command_end_to_end(tmp_path):
     result = subprocess.run(
         command + options, cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ
     )
-    names = ["photo-cosine", "mixture-constant", *(f"mixture-{n}" for n in forward.SCHEDULES)]
+    names = ["photo-cosine", "mixture-constant", *(f"mixture-{n}" for n in forward.DISCRETE)]
     files = [f"{name}.{end}" for name in names for end in ("gif", "html")] + ["forward.html"]
     assert sorted(path.name for path in out.iterdir()) == sorted(files)  # and no temporary file
     for file in files:
@@ -57,7 +57,7 @@ def test_command_end_to_end(tmp_path):
         assert f"<figcaption>t = {39 if 'constant' in name else 7}, alpha = " in page
         assert 'type="range" min="0" max="2"' in page
     report = (out / "forward.html").read_text()
-    assert all(f"<td>{name}</td>" in report for name in forward.SCHEDULES)
+    assert all(f"<td>{name}</td>" in report for name in forward.DISCRETE)
 
 
 @pytest.mark.parametrize(
@@ -119,12 +119,12 @@ def test_states_are_at_the_nodes_they_are_said_to_be_at(steps, frames):
 @pytest.fixture(scope="module")
 def chains():
     made = {"constant": schedules.from_betas(np.full(40, 0.5))}
-    made |= {name: make(200) for name, make in forward.SCHEDULES.items()}
+    made |= {name: make(200) for name, make in forward.DISCRETE.items()}
     x0 = MIXTURE.sample(jax.random.key(1), 5000)
     return {k: forward.run_chain(jax.random.key(1), v, x0, 5) for k, v in made.items()}
 
 
-@pytest.mark.parametrize("name", ["constant", *forward.SCHEDULES])
+@pytest.mark.parametrize("name", ["constant", *forward.DISCRETE])
 def test_density_integrates_to_one_and_samples_follow_it(chains, name):
     chain = chains[name]
     for node in chain.nodes:
