@@ -58,6 +58,26 @@ class MultistepState(NamedTuple):
     count: Array
 
 
+def no_past(x: Array, place: Array, order: int) -> MultistepState:
+    """Returns the state before the first step of a method that uses `order` values."""
+    past = range(order - 1)
+    return MultistepState(
+        x,
+        tuple(jnp.zeros_like(x) for _ in past),
+        tuple(jnp.zeros_like(place) for _ in past),
+        jnp.int32(0),
+    )
+
+
+def remembered(
+    state: MultistepState, x: Array, values: tuple[Array, ...], places: tuple[Array, ...]
+) -> MultistepState:
+    """Returns the state at x, with the newest of `values` and as many as it holds."""
+    held = len(state.values)
+    count = jnp.minimum(state.count + 1, held)
+    return MultistepState(x, values[:held], places[:held], count)
+
+
 def over(field: Array, x: Array) -> Array:
     """Reshapes a field `()` or `(B,)` so that it broadcasts against `x` `(B, ...)`."""
     return field if field.ndim == 0 else field.reshape(field.shape + (1,) * (x.ndim - 1))

@@ -127,9 +127,7 @@ def _tilts(frame: Frame, width: Array, average: Average) -> list[Array | float]:
 
 def _multistep(frame: Frame, order: int, average: Average) -> Solver:
     def init(x: Array, node: Node) -> MultistepState:
-        past = range(order - 1)
-        places = tuple(jnp.zeros_like(half_log_snr(node)) for _ in past)
-        return MultistepState(x, tuple(jnp.zeros_like(x) for _ in past), places, jnp.int32(0))
+        return _steps.no_past(x, half_log_snr(node), order)
 
     def step(
         keys: Array, denoiser: Denoiser, state: MultistepState, now: Node, next: Node
@@ -143,8 +141,7 @@ def _multistep(frame: Frame, order: int, average: Average) -> Solver:
         tilts = _tilts(frame, end - begin, average)
         mean = _steps.average(values, places, begin, end, tilts, used)
         x = _steps.move_by(x, prediction, mean, now, next, frame)
-        count = jnp.minimum(state.count + 1, order - 1)
-        state = MultistepState(x, values[: order - 1], places[: order - 1], count)
+        state = _steps.remembered(state, x, values, places)
         return state, Info(prediction.x0, prediction.evaluations)
 
     return Solver(init, step)

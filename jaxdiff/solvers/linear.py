@@ -43,9 +43,7 @@ def lms(order: int = 4) -> Solver:
         raise ValueError(f"order must be an integer from 1 to 4, got {order!r}")
 
     def init(x: Array, node: Node) -> MultistepState:
-        past = range(order - 1)
-        places = tuple(jnp.zeros_like(noise_to_signal(node)) for _ in past)
-        return MultistepState(x, tuple(jnp.zeros_like(x) for _ in past), places, jnp.int32(0))
+        return _steps.no_past(x, noise_to_signal(node), order)
 
     def step(
         keys: Array, denoiser: Denoiser, state: MultistepState, now: Node, next: Node
@@ -57,8 +55,7 @@ def lms(order: int = 4) -> Solver:
         places = (begin, *state.places)
         mean = _steps.average(values, places, begin, end, [0.0] * order, state.count + 1)
         x = _steps.move_by(x, prediction, mean, now, next, "eps")
-        count = jnp.minimum(state.count + 1, order - 1)
-        state = MultistepState(x, values[: order - 1], places[: order - 1], count)
+        state = _steps.remembered(state, x, values, places)
         return state, Info(prediction.x0, prediction.evaluations)
 
     return Solver(init, step)

@@ -39,9 +39,7 @@ def sde_dpm_solver_pp(order: int = 2, average: Literal["midpoint", "exact"] = "m
         raise ValueError(f'average must be "midpoint" or "exact", got {average!r}')
 
     def init(x: Array, node: Node) -> MultistepState:
-        past = range(order - 1)
-        places = tuple(jnp.zeros_like(half_log_snr(node)) for _ in past)
-        return MultistepState(x, tuple(jnp.zeros_like(x) for _ in past), places, jnp.int32(0))
+        return _steps.no_past(x, half_log_snr(node), order)
 
     def step(
         keys: Array, denoiser: Denoiser, state: MultistepState, now: Node, next: Node
@@ -64,8 +62,7 @@ def sde_dpm_solver_pp(order: int = 2, average: Literal["midpoint", "exact"] = "m
         kept = ratio * next.sigma / now.sigma
         x = kept * x + (next.alpha - kept * now.alpha) * mean
         x = x + next.sigma * (after - ratio * before)
-        count = jnp.minimum(state.count + 1, order - 1)
-        state = MultistepState(x, values[: order - 1], places[: order - 1], count)
+        state = _steps.remembered(state, x, values, places)
         return state, Info(prediction.x0, prediction.evaluations)
 
     return Solver(init, step, one_path=True)
