@@ -13,16 +13,21 @@ Example:
   (67, 166, 1)
 """
 
+from jaxdiff.viz.comparisons import Bars, Densities, Heatmaps, Trajectories
 from jaxdiff.viz.pictures import image_grid, save_gif, save_png, to_uint8, with_caption
 from jaxdiff.viz.player import html_player
 from jaxdiff.viz.plots import Lines, histogram_frame
 from jaxdiff.viz.reports import Image, Section, Table, report_html
 
 __all__ = [
+    "Bars",
+    "Densities",
+    "Heatmaps",
     "Image",
     "Lines",
     "Section",
     "Table",
+    "Trajectories",
     "histogram_frame",
     "html_player",
     "image_grid",

@@ -15,7 +15,9 @@ import numpy as np
 from jaxdiff.viz._files import load
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# More lines than colours: the next round is dashed, then dotted.
+LINE_STYLES = ("-", "--", ":")
 
 
 class Lines(NamedTuple):
@@ -85,8 +87,8 @@ def histogram_frame(
     counts, edges = np.histogram(samples.ravel(), bins=bins, range=(x[0], x[-1]))
     heights = counts / (samples.size * np.diff(edges))
     figure, axes = _figure_and_axes((size[0] / 100, size[1] / 100))
-    axes.stairs(heights, edges, fill=True, color=_COLOURS[0], alpha=0.45, label=labels[0])
-    axes.plot(x, density, color=_COLOURS[1], linewidth=2, label=labels[1])
+    axes.stairs(heights, edges, fill=True, color=COLOURS[0], alpha=0.45, label=labels[0])
+    axes.plot(x, density, color=COLOURS[1], linewidth=2, label=labels[1])
     if reference is not None:
         axes.plot(x, reference, color="0.25", linestyle="--", linewidth=1.1, label=labels[2])
     axes.set_xlim(x[0], x[-1])
@@ -111,12 +113,12 @@ def lines_svg(plot: Lines) -> bytes:
     curves = [_curve(name, *points) for name, points in plot.series.items()]
     handles = []
     for i, (x, y) in enumerate(curves):
-        # More lines than colours: the next round is dashed. A single point needs a dot.
+        # A single point needs a dot.
         handles += axes.plot(
             x,
             y,
-            color=_COLOURS[i % len(_COLOURS)],
-            linestyle=("-", "--", ":")[i // len(_COLOURS) % 3],
+            color=COLOURS[i % len(COLOURS)],
+            linestyle=LINE_STYLES[i // len(COLOURS) % len(LINE_STYLES)],
             marker="o" if x.size == 1 else None,
             linewidth=1.6,
         )
@@ -132,10 +134,22 @@ def lines_svg(plot: Lines) -> bytes:
         legend = axes.legend(handles, list(map(str, plot.series)), frameon=False, fontsize=9)
         for text in legend.get_texts():
             text.set_parse_math(False)
+    return svg_bytes(figure)
+
+
+def svg_bytes(figure: Any) -> bytes:
+    """Returns a figure as an SVG file, the same bytes for the same figure."""
     buffer = io.BytesIO()
     with load("matplotlib").rc_context({"svg.hashsalt": "jaxdiff"}):  # else ids are random
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
+
+
+def bare(axes: Any) -> None:
+    """Leaves of a frame what helps to read: two sides and a faint grid behind the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def _curve(name: str, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -154,7 +168,5 @@ def _figure_and_axes(size: tuple[float, float]) -> tuple[Any, Any]:
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     figure.set_facecolor("white")
     axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
+    bare(axes)
     return figure, axes

@@ -1,4 +1,4 @@
-"""Reports: pages of sections with text, tables, images and line plots."""
+"""Reports: pages of sections with text, tables, images and plots."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ import numpy as np
 
 from jaxdiff.viz import _html
 from jaxdiff.viz._files import PathLike, check_image, write
+from jaxdiff.viz.comparisons import (
+    Bars,
+    Densities,
+    Heatmaps,
+    Trajectories,
+    comparison_svg,
+    describe,
+)
 from jaxdiff.viz.plots import Lines, lines_svg
 
 
@@ -47,9 +55,10 @@ class Section(NamedTuple):
 
     Attributes:
       heading: its heading.
-      blocks: text (`str`), `Table`, `Image` or `Lines`. In short: a mapping is a table of two
-        columns (nested ones flattened to dotted names), a list is the rows of a table, a uint8
-        array or a `pathlib.Path` is an image.
+      blocks: text (`str`), `Table`, `Image`, `Lines`, or a comparison: `Densities`, `Bars`,
+        `Heatmaps` or `Trajectories`. In short: a mapping is a table of two columns (nested ones
+        flattened to dotted names), a list is the rows of a table, a uint8 array or a
+        `pathlib.Path` is an image.
     """
 
     heading: str
@@ -59,7 +68,7 @@ class Section(NamedTuple):
 def report_html(
     path: PathLike, *, title: str, sections: Sequence[Section | tuple[str, Sequence[Any]]]
 ) -> pathlib.Path:
-    """Writes a self-contained page of sections with text, tables, images and line plots.
+    """Writes a self-contained page of sections with text, tables, images and plots.
 
     Args:
       path: the file; missing folders are made, an existing file is replaced at once.
@@ -73,8 +82,8 @@ def report_html(
       ImportError: there is an image and Pillow is missing, or a plot and matplotlib is.
       FileNotFoundError: a PNG file does not exist.
       TypeError: a block is of no known kind.
-      ValueError: an image has no image's shape, a file is no PNG, or the two halves of a series
-        differ in length.
+      ValueError: an image has no image's shape, a file is no PNG, the two halves of a series
+        differ in length, or a comparison cannot be drawn (see `comparison_svg`).
     """
     parts = [f"<h1>{html.escape(title)}</h1>"]
     for heading, blocks in sections:
@@ -95,6 +104,8 @@ def _block(block: Any, heading: str) -> str:
             names = ", ".join(map(str, block.series))
             alt = f"Line plot of {names}" + (f" against {block.x_label}" if block.x_label else "")
             return _html.figure(lines_svg(block), "svg+xml", alt, block.caption)
+        case Densities() | Bars() | Heatmaps() | Trajectories():
+            return _html.figure(comparison_svg(block), "svg+xml", describe(block), block.caption)
         case Table():
             return _table(block)
         case Image():
@@ -107,7 +118,7 @@ def _block(block: Any, heading: str) -> str:
             return _table(Table(block))
     raise TypeError(
         f"a block of section {heading!r} must be text, a mapping, a list of rows, a uint8 array, "
-        f"a pathlib.Path, Table, Image or Lines; got {type(block).__name__}"
+        f"a pathlib.Path, Table, Image, Lines or a comparison; got {type(block).__name__}"
     )
 
 
