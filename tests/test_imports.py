@@ -77,11 +77,13 @@ def test_every_module_is_in_the_table():
     assert modules == set(ALLOWED)
 
 
-@pytest.mark.parametrize("name", ["jaxdiff", "jaxdiff.data", "jaxdiff.viz", "jaxdiff.evaluation"])
+@pytest.mark.parametrize(
+    "name", ["jaxdiff", "jaxdiff.data", "jaxdiff.viz", "jaxdiff.evaluation", "jaxdiff.data.tables"]
+)
 def test_import_is_light(name):
     heavy = {
         "flax", "optax", "orbax", "grain", "tensorflow", "tensorflow_datasets", "sklearn", "PIL",
-        "matplotlib", "scipy.stats", "diffrax",
+        "matplotlib", "scipy.stats", "diffrax", "pandas",
     }  # fmt: skip
     code = f"import sys, {name}; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
