@@ -152,6 +152,50 @@ def at_any_scale(denoiser: Denoiser) -> Denoiser:
     return scaled
 
 
+def masked(denoiser: Denoiser, mask: ArrayLike) -> Denoiser:
+    """Keeps what is no data, such as padding, out of sampling.
+
+    The denoiser is shown zeros off the mask, and what it predicts there is put to zero, so that
+    whatever solvers do to x, noise or NaN, stays where it is. (A network must also be told the mask
+    where zeros are not nothing to it: `cond={"mask": ...}` of `models.UNet`.)
+
+    Args:
+      denoiser: the denoiser.
+      mask: 1 where there is data, broadcasts to x: `(B, L, 1)` for sequences `(B, L, C)`.
+
+    Returns:
+      The denoiser. Further arguments are handed on.
+
+    Raises:
+      ValueError: in the denoiser, the mask does not broadcast to x.
+
+    Example:
+      >>> denoiser = point_mass(jnp.ones((3, 1))).denoiser
+      >>> node = Node(jnp.int32(0), jnp.float32(0.6), jnp.float32(0.8))
+      >>> x, mask = jnp.array([[[0.5], [0.1], [jnp.nan]]]), jnp.array([[[1], [1], [0]]])
+      >>> [f(x, node).x0.ravel().tolist() for f in (denoiser, masked(denoiser, mask))]
+      [[nan, nan, nan], [1.0, 1.0, 0.0]]
+    """
+
+    def hidden(x: Array, node: Node, *args: Any) -> Prediction:
+        try:
+            counts = jnp.broadcast_to(mask, x.shape) > 0
+        except ValueError as error:
+            raise ValueError(
+                f"mask must broadcast to x {x.shape}, got {jnp.shape(mask)}: "
+                "for a mask (B, L) of sequences (B, L, C) pass mask[..., None]"
+            ) from error
+
+        def keep(values: Array) -> Array:
+            return jnp.where(counts, values, jnp.zeros_like(values))
+
+        prediction = denoiser(keep(x), node, *args)
+        variance = None if prediction.variance is None else keep(prediction.variance)
+        return prediction._replace(x0=keep(prediction.x0), variance=variance)
+
+    return hidden
+
+
 class Exact(NamedTuple):
     """A distribution of clean data with all that is known of it in closed form.
 

@@ -67,7 +67,8 @@ def denoising_loss(
       dropout: whether to pass the network one key per example as `dropout_keys=`.
       cond_dropout: the probability that an example's condition is replaced by `null_cond`.
       null_cond: the condition that says nothing: a pytree like one example's, whose leaves
-        broadcast against it.
+        broadcast against it. A dict may name some keys of a condition only; the others, such as
+        the mask of a sequence, are kept.
       offset_noise: the strength of offset noise, 0.1 in the source.
       self_condition: whether the network sees its own prediction: its input is then
         `concat([x, x0_prev], -1)`. Costs a second evaluation.
@@ -189,10 +190,14 @@ def _drop_condition(keys: Array, cond: PyTree, null_cond: PyTree, probability: f
     """Replaces the condition of each example with this probability."""
     if cond is None:
         raise ValueError("cond_dropout needs batch['cond'], got none: there is nothing to drop")
+    both = isinstance(cond, dict) and isinstance(null_cond, dict)
+    if both and null_cond and null_cond.keys() < cond.keys():
+        named = {key: cond[key] for key in null_cond}
+        return {**cond, **_drop_condition(keys, named, null_cond, probability)}
     if jax.tree.structure(cond) != jax.tree.structure(null_cond):
         raise ValueError(
-            "null_cond must have the structure of one example's condition, "
-            f"{jax.tree.structure(cond)}, got {jax.tree.structure(null_cond)}"
+            "null_cond must have the structure of one example's condition, or be a dict of some "
+            f"of its keys, {jax.tree.structure(cond)}, got {jax.tree.structure(null_cond)}"
         )
     dropped = rng.uniform(rng.stream(keys, rng.Stream.LABEL_DROP)) < probability
 

@@ -4,7 +4,7 @@ Parameters are plain pytrees and `apply` is a pure function; nothing here knows 
 losses or samplers, and nothing there knows of these networks.
 """
 
-from jaxdiff.models.conditioning import Condition, read_condition
+from jaxdiff.models.conditioning import Condition, read_condition, sequence_positions
 from jaxdiff.models.layers import (
     AttentionBlock,
     GroupNorm,
@@ -23,6 +23,7 @@ __all__ = [
     "UNet",
     "per_example_dropout",
     "read_condition",
+    "sequence_positions",
     "sinusoidal_embedding",
     "upsample_nearest",
 ]

@@ -1,4 +1,4 @@
-"""What a network is told beside x and the noise level: labels, vectors, sequences, images.
+"""What a network is told beside x and the noise level: labels, vectors, sequences, images, masks.
 
 A network with activations h and an embedding e of the noise level hears of them so:
 
@@ -6,6 +6,7 @@ A network with activations h and an embedding e of the noise level hears of them
     vector:    e <- e + W_1 silu(W_0 vector)                                               (2)
     sequence:  h <- h + W_o softmax(q(h) k(tokens)' / sqrt(d)) v(tokens)                   (3)
     image:     x <- (x, image), one behind the other along the channels                    (4)
+    mask:      h <- mask h wherever a layer looks at more than one position                (5)
 
 (1) is Dhariwal & Nichol 2021, section 3.1; (3) Rombach et al. 2022, section 3.3; (4) Saharia et
 al. 2021 (SR3), section 2.4. This module reads conditions and refuses what does not fit a network;
@@ -35,6 +36,7 @@ class Condition(NamedTuple):
       sequence: float `(B, L, D)`: L tokens, whose order attention does not see.
       sequence_mask: bool or int `(B, L)`, 1 where a token counts; None means that all count.
       image: float `(B, *spatial, C)`, of the spatial size of x.
+      mask: bool or int `(B, *spatial)`, 1 where there is data; None means everywhere.
     """
 
     label: Array | None = None
@@ -42,12 +44,13 @@ class Condition(NamedTuple):
     sequence: Array | None = None
     sequence_mask: Array | None = None
     image: Array | None = None
+    mask: Array | None = None
 
 
 class _Kind(NamedTuple):
     """What may stand under one key of a condition."""
 
-    field: str  # the field of the network that declares it
+    field: str | None  # the field of the network that declares it; None needs no declaration
     words: str
     dtypes: tuple[Any, ...]
     cure: str
@@ -81,6 +84,13 @@ _KINDS = {
         (jnp.floating,),
         "scale it to [-1, 1] and resize it to the spatial size of x, e.g. by jax.image.resize",
     ),
+    "mask": _Kind(
+        None,
+        "bools or ints",
+        (jnp.bool_, jnp.integer),
+        "1 means that a position of x has data, in all of its channels; a mask of floats becomes "
+        "one of bools by `mask > 0.5`",
+    ),
 }
 
 
@@ -105,7 +115,8 @@ def read_condition(
       image_channels: the channels of an image, or None.
 
     Returns:
-      The condition: an array for all that is declared, where only the mask may be None still.
+      The condition: an array for all that is declared, where only the masks may be None still.
+      The mask of x needs no declaration.
 
     Raises:
       ValueError: a key is unknown, what is declared is missing, what is not declared is given, or
@@ -138,13 +149,14 @@ def read_condition(
         "image": (image_channels, (*batch, *spatial, image_channels)),
     }
     wanted = [key for key, (value, _) in declared.items() if value is not None]
+    declared["mask"] = (1, (*batch, *spatial))  # by every network
     for key, (value, shape) in declared.items():
         name = "cond" if bare and key == "label" else f'cond["{key}"]'
         if value is None:
             _check_absent(name, key, given.get(key))
         elif key in given:
             _check_fits(name, key, given[key], shape)
-        elif key != "sequence_mask":
+        elif key not in ("sequence_mask", "mask"):
             _refuse_missing(name, key, value, shape, wanted)
     return Condition(**given)
 
@@ -178,3 +190,39 @@ def _refuse_missing(
 def _expected(key: str, shape: tuple[int | str, ...]) -> str:
     """Returns in words what is expected under a key."""
     return f"{_KINDS[key].words} of shape {shape}".replace("'L'", "L")
+
+
+def sequence_positions(mask: Array, scale: float) -> Array:
+    """Says of each entry of a sequence how far it is from its ends: an image for a network.
+
+    A network of convolutions does not know where a sequence starts, nor where it ends. Entry k of
+    the n that count is told
+
+        (k / scale, (n - 1 - k) / scale, k == 0, k == n - 1)
+
+    Args:
+      mask: `(B, L)`, bool or int, 1 where there is data; entries without are not counted.
+      scale: a number for all batches, such as the longest length in training: what an entry is told
+        then does not depend on the padding.
+
+    Returns:
+      float32 `(B, L, 4)`, 0 off the mask.
+
+    Raises:
+      ValueError: the mask is not of that shape or dtype, or `scale` is not positive.
+
+    Example:
+      >>> sequence_positions(jnp.array([[1, 1, 0]]), 2.0).tolist()
+      [[[0.0, 0.5, 1.0, 0.0], [0.5, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]]
+    """
+    mask = jnp.asarray(mask)
+    kind = _KINDS["mask"]
+    fits = mask.ndim == 2 and any(jnp.issubdtype(mask.dtype, dtype) for dtype in kind.dtypes)
+    check(fits, "mask", f"{kind.words} of shape (B, L)", describe(mask), kind.cure)
+    check(scale > 0, "scale", "positive", scale, "the longest length in training will do")
+    mask = mask.astype(bool)
+    before = jnp.cumsum(mask, axis=1) - 1
+    after = jnp.sum(mask, axis=1, keepdims=True) - 1 - before
+    columns = (before / scale, after / scale, before == 0, after == 0)
+    table = jnp.stack([column.astype(jnp.float32) for column in columns], axis=-1)
+    return jnp.where(mask[..., None], table, 0)

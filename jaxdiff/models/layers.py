@@ -3,6 +3,10 @@
 Everything takes `(B, *spatial, C)`, channels last, with any number of spatial axes; the number is
 read off the argument. Parameters are float32; `dtype` is what the products are computed in, while
 statistics and softmax stay float32.
+
+A mask `(B, *spatial)` is bool, True where there is data, or None where there is data everywhere,
+which costs nothing. What stands off the mask of a layer's argument never reaches the mask of its
+result; what the result is off the mask, nobody may read.
 """
 
 from __future__ import annotations
@@ -95,6 +99,28 @@ def upsample_nearest(x: Array) -> Array:
     return x.reshape(batch, *(2 * size for size in spatial), channels)
 
 
+def masks_of_levels(mask: Array | None, levels: int) -> list[Array | None]:
+    """Returns the mask of each level: a position has data if any of those that it covers has.
+
+    Args:
+      mask: `(B, *spatial)`, bool or int, of level 0; None gives None for all.
+      levels: how many levels there are; each halves every spatial axis.
+    """
+    if mask is None:
+        return [None] * levels
+    masks = [mask.astype(bool)]
+    for _ in range(levels - 1):
+        batch, *spatial = masks[-1].shape
+        pairs = masks[-1].reshape(batch, *(n for size in spatial for n in (size // 2, 2)))
+        masks.append(jnp.any(pairs, axis=tuple(range(2, pairs.ndim, 2))))
+    return masks
+
+
+def keep(x: Array, mask: Array | None) -> Array:
+    """Returns x `(B, *spatial, C)` with 0 off the mask: what a convolution sees beyond an edge."""
+    return x if mask is None else jnp.where(mask[..., None], x, 0)
+
+
 def group_count(channels: int, num_groups: int, min_group_channels: int) -> int:
     """Returns the largest number of groups, at most `num_groups`, that fits `channels`.
 
@@ -110,7 +136,8 @@ class GroupNorm(nn.Module):
 
     One pass gathers every channel's mean and mean square, and the groups' are means of those; XLA
     makes faster programs of it, on a CPU, than of means over groups. Before it each group is
-    shifted by its mean at the first position, so that an offset does not cancel the digits.
+    shifted by its mean at the first position with data, so that an offset does not cancel the
+    digits. Off the mask nothing is counted, and the result is 0.
 
     Attributes:
       num_groups: the number of groups, at most; see `group_count`.
@@ -125,8 +152,8 @@ class GroupNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Normalises `(B, *spatial, C)`."""
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Normalises `(B, *spatial, C)` over the positions of a mask `(B, *spatial)`."""
         batch, *spatial, channels = x.shape
         scale = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
@@ -139,14 +166,26 @@ class GroupNorm(nn.Module):
         def mean_of_group(per_channel: Array) -> Array:
             return jnp.mean(per_channel.reshape(batch, groups, -1), axis=-1, keepdims=True)
 
+        def mean_of_positions(x: Array) -> Array:
+            mean = jnp.mean(x, axis=1)
+            return mean if mask is None else mean / share
+
         x = x.astype(jnp.float32).reshape(batch, math.prod(spatial), channels)
+        first = x[:, 0]
+        if mask is not None:
+            expected, got = f"None or of shape {(batch, *spatial)}", f"shape {mask.shape}"
+            check(mask.shape == (batch, *spatial), "mask", expected, got, "it has no channels")
+            mask = mask.reshape(x.shape[:2])
+            share = jnp.mean(mask, axis=1, keepdims=True, dtype=x.dtype)
+            share = jnp.where(share > 0, share, 1)  # no data: the sums are 0, too
+            first = jnp.take_along_axis(x, jnp.argmax(mask, axis=1)[:, None, None], axis=1)[:, 0]
         # The result does not depend on the shift, so no gradient goes through it.
-        x = x - jax.lax.stop_gradient(to_channels(mean_of_group(x[:, 0])))
-        mean = mean_of_group(jnp.mean(x, axis=1))
-        square = mean_of_group(jnp.mean(jnp.square(x), axis=1))
+        x = keep(x - jax.lax.stop_gradient(to_channels(mean_of_group(first))), mask)
+        mean = mean_of_group(mean_of_positions(x))
+        square = mean_of_group(mean_of_positions(jnp.square(x)))
         variance = jnp.maximum(square - jnp.square(mean), 0.0)
         factor = to_channels(jax.lax.rsqrt(variance + self.epsilon)) * scale[None, None]
-        y = x * factor + (bias[None, None] - to_channels(mean) * factor)
+        y = keep(x * factor + (bias[None, None] - to_channels(mean) * factor), mask)
         return y.astype(self.dtype).reshape(batch, *spatial, channels)
 
 
@@ -170,7 +209,7 @@ class ResidualBlock(nn.Module):
       dropout: the rate of dropout before the last convolution.
       scale_shift: whether the embedding scales and shifts the second normalisation (Dhariwal &
         Nichol 2021, section 3) instead of being added before it (Ho et al. 2020).
-      norm: makes a normalisation.
+      norm: makes a normalisation, `(x, mask) -> array like x`.
       dtype: of the computation.
     """
 
@@ -181,13 +220,20 @@ class ResidualBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, embedding: Array, dropout_keys: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        embedding: Array,
+        dropout_keys: Array | None = None,
+        mask: Array | None = None,
+    ) -> Array:
         """Maps x `(B, *spatial, C)` and an activated embedding `(B, E)` to `features` channels.
 
-        `dropout_keys` holds one typed key per example, `(B,)`; None means no dropout.
+        `dropout_keys` holds one typed key per example, `(B,)`; None means no dropout. `mask` is
+        that of x, `(B, *spatial)`.
         """
         axes = x.ndim - 2
-        h = nn.silu(self.norm(name="norm_0")(x))
+        h = nn.silu(self.norm(name="norm_0")(x, mask))
         h = convolution(self.features, axes, dtype=self.dtype, name="conv_0")(h)
 
         told = nn.Dense(
@@ -199,9 +245,9 @@ class ResidualBlock(nn.Module):
         told = jnp.expand_dims(told, tuple(range(1, 1 + axes)))
         if self.scale_shift:
             scale, shift = jnp.split(told, 2, axis=-1)
-            h = self.norm(name="norm_1")(h) * (1 + scale) + shift
+            h = keep(self.norm(name="norm_1")(h, mask) * (1 + scale) + shift, mask)
         else:
-            h = self.norm(name="norm_1")(h + told)
+            h = self.norm(name="norm_1")(h + told, mask)
 
         salt = zlib.crc32("/".join(self.path).encode())
         h = per_example_dropout(nn.silu(h), self.dropout, dropout_keys, salt)
@@ -222,7 +268,7 @@ class AttentionBlock(nn.Module):
 
     Attributes:
       num_heads: into how many heads the channels are divided.
-      norm: makes a normalisation.
+      norm: makes a normalisation, `(x, mask) -> array like x`.
       dtype: of the computation; the softmax is float32.
 
     Reference:
@@ -234,7 +280,13 @@ class AttentionBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, tokens: Array | None = None, mask: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        tokens: Array | None = None,
+        mask: Array | None = None,
+        x_mask: Array | None = None,
+    ) -> Array:
         """Maps `(B, *spatial, C)` to the same shape.
 
         Args:
@@ -243,6 +295,7 @@ class AttentionBlock(nn.Module):
             is not seen.
           mask: `(B, L)`, bool or int, 1 where a token counts; None means that all count. What
             stands in the others, NaN included, is never seen. Where none counts, x stays as it is.
+          x_mask: that of x, `(B, *spatial)`; x does not attend to itself off it.
 
         Raises:
           ValueError: `num_heads` does not divide C, or the shapes of tokens and mask do not fit.
@@ -254,8 +307,10 @@ class AttentionBlock(nn.Module):
                 "channels: choose a divisor, or change channels"
             )
         _check_tokens(tokens, mask, batch)
-        h = self.norm(name="norm")(x).reshape(batch, math.prod(spatial), channels)
+        h = self.norm(name="norm")(x, x_mask).reshape(batch, math.prod(spatial), channels)
         source = h if tokens is None else tokens
+        if tokens is None and x_mask is not None:
+            mask = x_mask.reshape(h.shape[:2])
         if mask is not None:
             mask = mask.astype(bool)
             source = jnp.where(mask[:, :, None], source, 0)  # a weight of 0 would let NaN through

@@ -5,6 +5,9 @@ and with readable names, those of diffusers' `UNet2DModel`; with the fields of t
 model it has that model's 35,746,307 parameters. What it may be told beside the noise level is in
 `jaxdiff.models.conditioning`; each condition adds its own parameters and leaves the others be.
 
+With a mask, a padded example gives what it gives alone: convolutions see zeros beyond the data,
+means are over the data, and nothing attends to padding.
+
 Example (with `jax.eval_shape`, which only traces; `model.init(...)` makes the parameters):
   >>> import jax
   >>> model = UNet(out_channels=3, dropout=0.1)
@@ -119,7 +122,9 @@ class UNet(nn.Module):
             `(B, vector_dim)`, "sequence" `(B, L, sequence_dim)`, if need be "sequence_mask"
             `(B, L)`, bool or int, 1 where a token counts, and "image"
             `(B, *spatial, image_channels)`. A bare array means labels. A label outside of
-            `[0, num_classes)` gives NaN; masked tokens may hold anything, NaN too.
+            `[0, num_classes)` gives NaN; masked tokens may hold anything, NaN too. Any network may
+            also be told "mask" `(B, *spatial)`, bool or int, 1 where there is data: what x and
+            the image hold elsewhere, NaN too, is never seen, and the output is 0 there.
           dropout_keys: typed keys `(B,)`, one per example; None means no dropout.
 
         Returns:
@@ -150,35 +155,39 @@ class UNet(nn.Module):
             cls = nn.remat(ResidualBlock) if self.remat else ResidualBlock
             features = self.channels * self.channel_multipliers[level]
             module = cls(features, self.dropout, self.scale_shift, norm, self.dtype, name=name)
-            return module(h, embedding, dropout_keys)
+            return module(h, embedding, dropout_keys, masks[level])
 
-        def attention(h: Array, name: str) -> Array:
+        def attention(h: Array, level: int, name: str) -> Array:
             cls = nn.remat(AttentionBlock) if self.remat else AttentionBlock
             heads = h.shape[-1] // self.head_dim if self.head_dim else self.num_heads
-            h = cls(heads, norm, self.dtype, name=name)(h)
+            h = cls(heads, norm, self.dtype, name=name)(h, x_mask=masks[level])
             if told.sequence is not None:
                 name = name.replace("attention", "cross_attention")
-                h = cls(heads, norm, self.dtype, name=name)(h, told.sequence, told.sequence_mask)
+                h = cls(heads, norm, self.dtype, name=name)(
+                    h, told.sequence, told.sequence_mask, masks[level]
+                )
             return h
 
         last = len(self.channel_multipliers) - 1
+        masks = layers.masks_of_levels(told.mask, last + 1)
         h = x.astype(self.dtype)
         if told.image is not None:
             h = jnp.concatenate([h, told.image.astype(self.dtype)], axis=-1)
-        h = conv(self.channels, name="conv_in")(h)
+        h = conv(self.channels, name="conv_in")(layers.keep(h, masks[0]))
         skips = [h]
         for level in range(last + 1):
             for i in range(self.num_res_blocks):
                 h = block(h, level, f"down_{level}_block_{i}")
                 if level in self.attention_levels:
-                    h = attention(h, f"down_{level}_attention_{i}")
+                    h = attention(h, level, f"down_{level}_attention_{i}")
                 skips.append(h)
             if level < last:
+                h = layers.keep(h, masks[level])
                 h = conv(h.shape[-1], stride=2, name=f"down_{level}_downsample")(h)
                 skips.append(h)
 
         h = block(h, last, "mid_block_0")
-        h = attention(h, "mid_attention")
+        h = attention(h, last, "mid_attention")
         h = block(h, last, "mid_block_1")
 
         for level in reversed(range(last + 1)):
@@ -186,14 +195,14 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = block(h, level, f"up_{level}_block_{i}")
                 if level in self.attention_levels:
-                    h = attention(h, f"up_{level}_attention_{i}")
+                    h = attention(h, level, f"up_{level}_attention_{i}")
             if level > 0:
-                h = layers.upsample_nearest(h)
+                h = layers.keep(layers.upsample_nearest(h), masks[level - 1])
                 h = conv(h.shape[-1], name=f"up_{level}_upsample")(h)
 
-        h = nn.silu(norm(name="norm_out")(h))
+        h = nn.silu(norm(name="norm_out")(h, masks[0]))
         h = conv(self.out_channels, kernel_init=layers.ZERO_INIT, name="conv_out")(h)
-        return h.astype(jnp.float32)
+        return layers.keep(h.astype(jnp.float32), masks[0])
 
     def _embed(self, noise_level: Array, told: Condition) -> Array:
         """Embeds noise levels `(B,)`, and labels and vectors if any, as `(B, 4 * channels)`."""
@@ -298,7 +307,7 @@ class UNet(nn.Module):
             f"spatial sizes divisible by {factor}, as {len(self.channel_multipliers)} levels halve "
             f"them {len(self.channel_multipliers) - 1} times",
             f"shape {x.shape}",
-            "pad x, or use fewer channel_multipliers",
+            "pad x, and say where in cond's mask, or use fewer channel_multipliers",
         )
         batch = x.shape[:1]
         check(

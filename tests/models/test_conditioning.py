@@ -340,7 +340,7 @@ def test_x_may_carry_more_channels_than_the_output_and_fewer():
 
 
 def test_reads_what_is_declared_and_leaves_the_rest_none():
-    x, cond = jnp.zeros((3, 4, 2)), conditions((4,))
+    x, cond = jnp.zeros((3, 4, 2)), {**conditions((4,)), "mask": jnp.ones((3, 4), bool)}
     assert read_condition(None, x) == Condition()
     assert read_condition({}, x) == read_condition({"image": None}, x) == Condition()
     got = read_condition(cond, x, **FIELDS)
