@@ -40,6 +40,7 @@ class Stream(enum.IntEnum):
     OFFSET = 12  # training: offset noise
     SELF_CONDITION = 13  # training: whether an example sees its own prediction
     UP = 14  # sampling: moves of the grid towards noise; the step's index is folded in below it
+    LENGTH = 15  # sampling: how long a sequence is
 
 
 def check_key(key: Array) -> Array:

@@ -49,6 +49,7 @@ def make_pipeline(
     """Makes an iterator over batches `{"x0": float32 (B, H, W, C), "cond": int32 (B,)}`.
 
     A pixel u in 0..255 becomes u / 127.5 - 1, in [-1, 1]. "cond" is there if the source has labels.
+    Sequences (`sources.from_sequences`) come as they are: `{"x0": (B, L, C), "mask", "cond"}`.
 
     The state of the iterator, `get_state()`, is `{"next_index": k}`, k the number of batches taken:
     it survives JSON, is the same on every process, and may be restored (`set_state`) with another
@@ -115,7 +116,10 @@ def make_pipeline(
         )
     if not len(source):
         raise ValueError("the source is empty")
-    shape = check_image(source[0]["image"], "image 0").shape
+    sequences = "x0" in source[0]
+    if sequences and (flip or dequantize or pad_to is not None):
+        raise ValueError("flip, dequantize and pad_to are for images, and the source has sequences")
+    shape = () if sequences else check_image(source[0]["image"], "image 0").shape
     if pad_to is not None and pad_to < max(shape[:-1]):
         raise ValueError(f"pad_to must be at least the images' size {shape[:-1]}, got {pad_to}")
     total = _UNBOUNDED if num_epochs is None else num_epochs * len(source)
@@ -169,6 +173,8 @@ class _Batches:
         rows = self.batch_size // self.process_count
         first = step * self.batch_size + self.process_index * rows
         batch = gather(self.source, self._examples(first, rows))
+        if "x0" in batch:
+            return batch
         images = batch["image"]
         if images.shape[1:] != self.shape:
             raise ValueError(

@@ -4,6 +4,9 @@ A source is anything with `len(source)` and `source[i] -> {"image": uint8 (H, W,
 (the label may be missing), so a list of such dictionaries is one. A source may also have
 `gather(indices) -> {"image": uint8 (B, H, W, C), "label": (B,)}`, which fetches many at once; the
 pipeline prefers it.
+
+A source of sequences gives `{"x0": float32 (L, C), "mask": bool (L, 1), "cond": {...}}` instead, in
+[-1, 1] already: the pipeline brings them into order and changes nothing.
 """
 
 from __future__ import annotations
@@ -159,9 +162,86 @@ def from_arrays(images: np.ndarray, labels: np.ndarray | None = None) -> ArraySo
     return ArraySource(images, labels)
 
 
+class SequenceSource:
+    """Sequences in memory, which reach the train step as they are; made by `from_sequences`.
+
+    Attributes:
+      arrays: what a batch consists of, a pytree of arrays `(N, ...)`.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any]) -> None:
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self.arrays["x0"])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _take(self.arrays, index)
+
+    def gather(self, indices: Sequence[int] | np.ndarray) -> dict[str, Any]:
+        """Returns the examples at `indices` `(B,)`, stacked."""
+        return _take(self.arrays, np.asarray(indices))
+
+
+def _take(arrays: Mapping[str, Any], indices: int | np.ndarray) -> dict[str, Any]:
+    return {
+        key: _take(value, indices) if isinstance(value, Mapping) else value[indices]
+        for key, value in arrays.items()
+    }
+
+
+def from_sequences(
+    x0: np.ndarray, mask: np.ndarray, vector: np.ndarray | None = None
+) -> SequenceSource:
+    """Makes a source of sequences, padded at the end to one length.
+
+    Args:
+      x0: floats in [-1, 1], `(N, L, C)`; converted to float32.
+      mask: bool `(N, L)`, where a sequence has data; at least one entry in each.
+      vector: floats `(N, D)`, what a network is told of a sequence besides, or None.
+
+    Returns:
+      The source. A batch of it holds `x0` `(B, L, C)`, `mask` `(B, L, 1)` for the loss, and `cond`,
+      `{"mask": (B, L)}` and, if there is one, `"vector": (B, D)`, for the network.
+
+    Raises:
+      ValueError: shapes or types do not fit, there are no sequences, one has no data, or values are
+        out of range.
+
+    Example:
+      >>> mask = np.array([[True, True, False], [True, False, False]])
+      >>> source = from_sequences(np.zeros((2, 3, 5)), mask)
+      >>> batch = source.gather([1, 0, 1])
+      >>> batch["x0"].shape, batch["mask"].shape, batch["cond"]["mask"].shape
+      ((3, 3, 5), (3, 3, 1), (3, 3))
+    """
+    x0, mask = np.asarray(x0, np.float32), np.asarray(mask)
+    if x0.ndim != 3 or 0 in x0.shape:
+        raise ValueError(f"x0 must be (N, L, C) and not empty, got shape {x0.shape}")
+    if mask.dtype != bool or mask.shape != x0.shape[:2]:
+        raise ValueError(
+            f"mask must be bool of shape {x0.shape[:2]}, got {mask.dtype} of shape {mask.shape}"
+        )
+    if not mask.any(1).all():
+        raise ValueError(f"sequence {int(np.argmin(mask.any(1)))} has no data: leave it out")
+    real = x0[mask]
+    if not (np.abs(real) <= 1).all():  # also of NaN
+        raise ValueError(
+            f"x0 must lie in [-1, 1], got values from {real.min()} to {real.max()}: scale it, a "
+            "table by data.tables.fit_codec"
+        )
+    cond = {"mask": mask}
+    if vector is not None:
+        vector = np.asarray(vector, np.float32)
+        if vector.ndim != 2 or len(vector) != len(x0):
+            raise ValueError(f"vector must be ({len(x0)}, D), got shape {vector.shape}")
+        cond["vector"] = vector
+    return SequenceSource({"x0": x0, "mask": mask[..., None], "cond": cond})
+
+
 def in_memory(
     source: Source, *, max_bytes: int = MAX_BYTES, num_threads: int | None = None
-) -> ArraySource:
+) -> ArraySource | SequenceSource:
     """Reads a whole source into arrays, so that nothing is decoded twice.
 
     Args:
@@ -175,7 +255,7 @@ def in_memory(
     Raises:
       ValueError: the source is empty, or larger than `max_bytes`, or its images differ in shape.
     """
-    if isinstance(source, ArraySource):
+    if isinstance(source, (ArraySource, SequenceSource)):
         return source
     if not len(source):
         raise ValueError("the source is empty")
