@@ -22,8 +22,8 @@ from jaxdiff import (
     schedules,
     timesteps,
 )
-from jaxdiff.base import LossFn, Network, PyTree, Schedule
-from jaxdiff.models import UNet
+from jaxdiff.base import Array, LossFn, Network, PyTree, Schedule
+from jaxdiff.models import UNet, sequence_positions
 from jaxdiff.training import TrainState, ema, init_state, make_train_step
 
 DISCRETE = {
@@ -52,6 +52,9 @@ WEIGHTINGS = {
     "flow_matching": lambda: losses.flow_matching,
     "elbo": losses.elbo,
 }
+POSITION_CHANNELS = 4  # of sequence_positions
+TABLES = ("table", "pbc")
+"""Names of `data.name` that are tables of visits; all others are images."""
 TIMESTEPS = {
     "uniform": lambda: timesteps.uniform,
     "stratified": timesteps.stratified,
@@ -75,8 +78,13 @@ def choose(what: str, name: str, among: Mapping[str, Any]) -> Any:
     return among[name]
 
 
+def is_table(config: ConfigDict) -> bool:
+    """Returns whether the data are a table of visits, and not images."""
+    return config.data.name in TABLES
+
+
 def make_source(config: ConfigDict) -> data.Source:
-    """Returns the data set that `config.data` names, decoded into memory if so asked."""
+    """Returns the images that `config.data` names, decoded into memory if so asked."""
     options = config.data
     if options.name == "folder":
         if not options.path:
@@ -105,6 +113,8 @@ def make_batches(config: ConfigDict, source: data.Source) -> Any:
 
 def example_shape(config: ConfigDict, source: data.Source) -> tuple[int, ...]:
     """Returns the shape of one example as the network sees it, `(*spatial, C)`."""
+    if is_table(config):
+        return np.shape(source[0]["x0"])
     *spatial, channels = np.shape(source[0]["image"])
     return (*((config.data.pad_to or size) for size in spatial), channels)
 
@@ -163,17 +173,32 @@ def make_model(config: ConfigDict, channels: int) -> UNet:
         out_channels=channels * (1 if config.vlb_weight is None else 2),
         # One more: no label.
         num_classes=classes + 1 if classes else None,
+        image_channels=POSITION_CHANNELS if is_table(config) else None,
         noise_level_scale=1.0 if make_schedule(config).num_steps else 1000.0,
         **{**config.model, "dtype": jnp.dtype(config.model.dtype)},
     )
 
 
-def make_network(config: ConfigDict, channels: int) -> Network:
+def make_network(config: ConfigDict, shape: tuple[int, ...]) -> Network:
     """Returns the network as a function, scaled as its parameterization wants it."""
-    apply_fn = make_model(config, channels).apply
+    apply_fn = make_model(config, shape[-1]).apply
+    if is_table(config):
+        apply_fn = _with_positions(apply_fn, shape[0])
     if config.parameterization == "edm":
         return denoisers.preconditioned(apply_fn, make_schedule(config), config.sigma_data)
     return apply_fn
+
+
+def _with_positions(apply_fn: Network, length: int) -> Network:
+    """Returns a network of sequences that is told where in a sequence each entry stands."""
+
+    def with_positions(
+        params: PyTree, x: Array, level: Array, cond: PyTree, **kwargs: Any
+    ) -> Array:
+        image = sequence_positions(cond["mask"], length)
+        return apply_fn(params, x, level, {**cond, "image": image}, **kwargs)
+
+    return with_positions
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation | optax.MultiSteps:
@@ -215,22 +240,32 @@ def make_loss(config: ConfigDict, shape: tuple[int, ...]) -> LossFn:
     """Returns the loss function, for examples of the given shape."""
     schedule = make_schedule(config)
     elbo = (schedule,) if config.weighting == "elbo" else ()
+    null = null_condition(config)
     weighting = {**config.weighting_options.to_dict()}
     if config.weighting == "edm":
         weighting["sigma_data"] = config.sigma_data
     return losses.denoising_loss(
-        make_network(config, shape[-1]),
+        make_network(config, shape),
         schedule,
         make_parameterization(config),
         call("weighting", config.weighting, WEIGHTINGS, weighting, *elbo),
         make_timesteps(config),
         dropout=config.model.dropout > 0,
-        cond_dropout=config.labels.dropout if config.labels.num_classes else 0.0,
-        null_cond=np.int32(config.labels.num_classes) if config.labels.num_classes else None,
+        cond_dropout=0.0 if null is None else config.labels.dropout,
+        null_cond=null,
         offset_noise=config.offset_noise,
         self_condition=config.self_condition,
         vlb_weight=config.vlb_weight,
     )
+
+
+def null_condition(config: ConfigDict) -> PyTree:
+    """Returns the condition of one example that says nothing, or None without conditions."""
+    if config.labels.num_classes:
+        return np.int32(config.labels.num_classes)
+    if config.model.vector_dim:
+        return {"vector": np.zeros(config.model.vector_dim, np.float32)}
+    return None
 
 
 def make_timesteps(config: ConfigDict) -> Any:
@@ -262,8 +297,7 @@ def make_training(
         channels *= 2 if config.self_condition else 1
         example = jax.ShapeDtypeStruct((1, *spatial, channels), jnp.float32)
         level = jax.ShapeDtypeStruct((1,), jnp.int32)
-        label = (jax.ShapeDtypeStruct((1,), jnp.int32),) if config.labels.num_classes else ()
-        params = model.lazy_init(init_key, example, level, *label)
+        params = model.lazy_init(init_key, example, level, *_example_condition(config, shape))
         history = sampler.init(make_schedule(config)) if loss_aware else None
         return init_state(params, optimizer, history=history)
 
@@ -275,6 +309,19 @@ def make_training(
         key=train_key,
     )
     return init, step
+
+
+def _example_condition(config: ConfigDict, shape: tuple[int, ...]) -> tuple[PyTree, ...]:
+    """Returns the shapes of what the network is told of one example, if anything."""
+    if is_table(config):
+        cond = {
+            "mask": jax.ShapeDtypeStruct((1, shape[0]), bool),
+            "image": jax.ShapeDtypeStruct((1, shape[0], POSITION_CHANNELS), jnp.float32),
+        }
+        if config.model.vector_dim:
+            cond["vector"] = jax.ShapeDtypeStruct((1, config.model.vector_dim), jnp.float32)
+        return (cond,)
+    return (jax.ShapeDtypeStruct((1,), jnp.int32),) if config.labels.num_classes else ()
 
 
 def mesh() -> Mesh:

@@ -18,16 +18,25 @@ def default() -> ConfigDict:
             "name": "",
             "seed": 0,
             "data": {
-                "name": "digits",  # a prepared TFDS data set, or "folder"
+                "name": "digits",  # a prepared TFDS data set, "folder", "table" or "pbc"
                 "split": "train",
                 "data_dir": config_dict.placeholder(str),  # TFDS's own default if not given
-                "path": config_dict.placeholder(str),  # of the folder of images
+                "path": config_dict.placeholder(str),  # of the folder of images, or the table
                 "size": config_dict.placeholder(int),  # images of a folder are cut to this size
                 "pad_to": config_dict.placeholder(int),
                 "flip": False,
                 "dequantize": False,
                 "in_memory": True,  # decode once, keep as uint8
                 "worker_count": 0,  # processes that decode, where not in memory
+                # Of tables of visits, see jaxdiff.data.tables.
+                "schema": config_dict.placeholder(str),  # a JSON file; inferred if not given
+                "patient": config_dict.placeholder(str),  # columns; found by name if not given
+                "time": config_dict.placeholder(str),
+                "transform": "quantile",
+                "categories": "one_hot",
+                "static": "channels",  # drawn, too; or conditions: vector
+                "fill": "carry",
+                "held_out": 0.0,  # the share of patients that are not trained on
             },
             # Names are those of the tables in experiments.build; options that are not given are the
             # library's own.
@@ -56,7 +65,7 @@ def default() -> ConfigDict:
             "self_condition": False,
             "labels": {
                 "num_classes": 0,  # the network is told the data's labels; 0 for not
-                "dropout": 0.1,  # how often it is not, for classifier-free guidance
+                "dropout": 0.1,  # how often it is not (or of the vector), for guidance without
             },
             "model": {
                 "channels": 128,
@@ -66,6 +75,7 @@ def default() -> ConfigDict:
                 "num_heads": 1,
                 "dropout": 0.0,
                 "scale_shift": False,
+                "vector_dim": config_dict.placeholder(int),  # of conditions; tables bring their own
                 "dtype": "float32",
                 "remat": False,
             },
@@ -117,6 +127,10 @@ def default() -> ConfigDict:
             "evaluate": {
                 # Precision, recall, density and coverage among pixels, k-th neighbours; 0 for none.
                 "neighbours": 0,
+                # What a model is to predict in a table, for its utility: a column, and the value of
+                # it to tell from the others if it has more than two.
+                "target": config_dict.placeholder(str),
+                "positive": config_dict.placeholder(str),
             },
         }
     )

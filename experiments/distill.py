@@ -278,7 +278,7 @@ def make_step(teaching: ConfigDict, config: ConfigDict, shape: tuple[int, ...], 
       start: how many updates there were before the round.
     """
     make_teacher, grid = drawing.make_denoiser(teaching, shape), drawing.make_grid(teaching)
-    network = build.make_network(config, shape[-1])
+    network = build.make_network(config, shape)
     parameterization = build.make_parameterization(config)
     weighting = build.WEIGHTINGS[config.weighting]()
     optimizer, decay = build.make_optimizer(config), ema.warmup(config.ema_decay)

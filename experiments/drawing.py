@@ -18,6 +18,7 @@ from experiments.build import (
     make_parameterization,
     make_schedule,
     mesh,
+    null_condition,
 )
 from jaxdiff import denoisers, grids, guidance, sampling, solvers
 from jaxdiff.base import Array, Denoiser, Node, PyTree, Solver
@@ -121,27 +122,29 @@ def make_solver(config: ConfigDict) -> Solver:
 
 
 def make_denoiser(config: ConfigDict, shape: tuple[int, ...]) -> Callable[..., Denoiser]:
-    """Returns `(params, labels=None, weak=None) -> denoiser`, guided as `config.sample` says.
+    """Returns `(params, cond=None, weak=None) -> denoiser`, guided as `config.sample` says.
 
-    `labels` are int32 `(B,)`, `weak` the parameters of a worse network, for autoguidance.
+    `cond` is what the network is told, labels `(B,)` or a dict, and `weak` the parameters of a
+    worse network, for autoguidance.
     """
     options, grid = config.sample, make_grid(config)
-    network, schedule = make_network(config, shape[-1]), make_schedule(config)
+    network, schedule = make_network(config, shape), make_schedule(config)
     parameterization = make_parameterization(config)
     chosen = {key: v for key, v in options.guidance_options.to_dict().items() if v is not None}
     low, high, _ = chosen.pop("low", 0.0), chosen.pop("high", np.inf), chosen.pop("weak_step", None)
-    needs_labels = options.guidance not in ("none", "autoguidance")
-    if needs_labels and not config.labels.num_classes:
+    needs_null = options.guidance not in ("none", "autoguidance")
+    null = null_condition(config)
+    if needs_null and null is None:
         raise ValueError(
-            f"sample.guidance={options.guidance} needs a network that was trained with labels and "
-            "without: train one with labels.num_classes"
+            f"sample.guidance={options.guidance} needs a network that was trained with conditions "
+            "and without: train one with labels.num_classes, or of a table with data.static=vector"
         )
     if config.self_condition and options.guidance != "none":
         raise ValueError("sample.guidance is not for self-conditioned networks")
     threshold = choose("sample.threshold", options.threshold, THRESHOLDS)
 
-    def make(params: PyTree, labels: Array | None = None, weak: PyTree = None) -> Denoiser:
-        def of(params: PyTree, cond: Array | None) -> Denoiser:
+    def make(params: PyTree, cond: PyTree = None, weak: PyTree = None) -> Denoiser:
+        def of(params: PyTree, cond: PyTree) -> Denoiser:
             return denoisers.from_network(
                 network,
                 params,
@@ -152,7 +155,7 @@ def make_denoiser(config: ConfigDict, shape: tuple[int, ...]) -> Callable[..., D
                 self_condition=config.self_condition,
             )
 
-        denoiser = of(params, labels)
+        denoiser = of(params, cond)
         if config.self_condition:
             return lambda x, node, x0_prev: threshold(lambda x, node: denoiser(x, node, x0_prev))(
                 x, node
@@ -161,15 +164,22 @@ def make_denoiser(config: ConfigDict, shape: tuple[int, ...]) -> Callable[..., D
         if options.guidance == "autoguidance":
             if weak is None:
                 raise ValueError("autoguidance needs the parameters of a worse network")
-            worse = of(weak, labels)
-        elif needs_labels:
-            worse = of(params, jnp.full_like(labels, config.labels.num_classes))
+            worse = of(weak, cond)
+        elif needs_null:
+            worse = of(params, _without(cond, null))
         guided = call("sample.guidance", options.guidance, GUIDANCE, chosen, denoiser, worse, grid)
         if options.guidance != "none" and (low > 0 or high < np.inf):
             guided = guidance.interval(guided, denoiser, low, high)
         return threshold(guided)
 
     return make
+
+
+def _without(cond: PyTree, null: PyTree) -> PyTree:
+    """Returns the condition of a batch with what may be left out of it left out."""
+    if isinstance(null, dict):
+        return {**cond, **{key: jnp.zeros_like(cond[key]) + null[key][None] for key in null}}
+    return jnp.full_like(cond, null)
 
 
 def make_labels(config: ConfigDict, first_index: Array | int, size: int) -> Array | None:

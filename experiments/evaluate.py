@@ -2,6 +2,7 @@
 
     python -m experiments.evaluate --workdir=runs/digits_learned_variance --bound
     python -m experiments.evaluate --workdir=runs/digits_conditional --classes
+    python -m experiments.evaluate --workdir=runs/clinical_0,runs/clinical_1
 
 `--bound`: the variational bound (`jaxdiff.likelihood`) on data that the run was not trained on, for
 the chain of `solvers.ddpm` with each of its variances. All share the network's predictions and the
@@ -15,6 +16,9 @@ bits compare models of digits and nothing else.
 `--classes`: whether samples of a conditional model are of the class asked for, in the eyes of a
 classifier by the 3 nearest real images; and how close they are to real images
 (`jaxdiff.evaluation`).
+
+Of a model of a table: realism, privacy and utility of its synthetic patients, against patients held
+out (`experiments.evaluate_table`); of several runs also the mean.
 
 Everything is printed, and added to the list in WORKDIR/evaluation.json.
 """
@@ -36,7 +40,7 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from experiments import build, drawing, runs, runtime, sample
+from experiments import build, drawing, evaluate_table, runs, runtime, sample
 from experiments.config import default
 from jaxdiff import data, evaluation, likelihood, schedules
 from jaxdiff.base import Array, Denoiser, Node, Prediction, PyTree, Schedule
@@ -51,7 +55,7 @@ FOLDS = 5
 
 def define_flags() -> None:
     """Defines the command's flags; not on import, where they would meet another command's."""
-    flags.DEFINE_string("workdir", "runs/digits", "The run directory of the trained model.")
+    flags.DEFINE_string("workdir", "runs/digits", "The run directory; of tables several: A,B.")
     flags.DEFINE_integer("step", None, "The checkpoint to use; the newest if not given.")
     flags.DEFINE_bool("ema", True, "Use the average of the parameters.")
     flags.DEFINE_bool("bound", False, "Bits per dimension of data, by the variational bound.")
@@ -66,7 +70,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_size", 100, "Examples at a time, over all devices.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "The seed of the noise.", lower_bound=0)
     flags.DEFINE_bool("classes", False, "The classes of samples that were asked for by class.")
-    flags.DEFINE_string("samples", None, "The samples of --classes; WORKDIR/samples.npz.")
+    flags.DEFINE_string("samples", None, "The samples; WORKDIR/samples.npz or synthetic.csv.")
 
 
 def held_out(
@@ -387,7 +391,17 @@ def tell_classes(record: dict[str, Any]) -> None:
 
 def main() -> None:
     """Runs the command."""
-    workdir = Path(FLAGS.workdir)
+    workdirs = [Path(name) for name in FLAGS.workdir.split(",")]
+    workdir = workdirs[0]
+    if build.is_table(runs.load_config(workdir, default())):
+        if FLAGS.bound or FLAGS.classes:
+            raise ValueError("--bound and --classes are for models of images")
+        records = evaluate_table.evaluate(workdirs, FLAGS.samples and Path(FLAGS.samples))
+        for workdir, record in zip(workdirs, records, strict=True):
+            append(workdir / "evaluation.json", record)
+        return
+    if len(workdirs) > 1:
+        raise ValueError("several --workdir are for models of tables")
     if not (FLAGS.bound or FLAGS.classes):
         raise ValueError("say what to score: --bound, --classes or both")
     config = runs.load_config(workdir, default())

@@ -45,10 +45,14 @@ def save_samples(
 
 
 def write(
-    workdir: Path, config: ConfigDict, about: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
+    workdir: Path,
+    config: ConfigDict,
+    about: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]],
+    more: Sequence[viz.Section] = (),
 ) -> None:
-    """Writes report.html."""
-    sections = [viz.Section("The run", [dict(about)])]
+    """Writes report.html, with `more` sections after the first."""
+    sections = [viz.Section("The run", [dict(about)]), *more]
     picture = workdir / "samples.png"
     if picture.exists():
         blocks: list[Any] = [viz.Image(picture, f"The first {SHOWN} samples")]

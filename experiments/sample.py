@@ -5,6 +5,9 @@
         --steps=1000 --gif
     python -m experiments.sample --workdir=runs/digits_conditional --solver=dpm_solver_pp \
         --order=3 --grid=karras --rho=5 --steps=20 --guidance=classifier_free --scale=2 --label=7
+    python -m experiments.sample --workdir=runs/clinical --num=200 --where=sex=f --where=trt=1
+
+Samples of a model of a table are patients, written to OUT/synthetic.csv.
 
 Sample i of a seed is the same picture whatever the batch size and the number of devices: the second
 command draws those numbered 40 to 59.
@@ -22,10 +25,11 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from experiments import build, drawing, report, runs, runtime
+from experiments import build, cohorts, drawing, report, runs, runtime
 from experiments.config import default
 from jaxdiff import sampling, viz
 from jaxdiff.base import PyTree
+from jaxdiff.data import tables
 from jaxdiff.training import checkpoints
 
 FLAGS = flags.FLAGS
@@ -87,6 +91,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("ema", True, "Use the average of the parameters.")
     flags.DEFINE_integer("first_index", 0, "The number of the first sample.", lower_bound=0)
     flags.DEFINE_bool("gif", False, "Also write the reverse process of the first samples.")
+    flags.DEFINE_multi_string("where", [], "COLUMN=VALUE of a static column, of all patients.")
+    flags.DEFINE_integer("visits", None, "How many visits all patients have; else as the data's.")
     for name, (key, text) in OVERRIDES.items():
         section, last = place(default(), key)
         of_type = section.get_type(last)
@@ -118,15 +124,28 @@ def override(config: ConfigDict) -> None:
         section[last] = value
 
 
-def load(workdir: Path, step: int | None, *, ema: bool) -> tuple[ConfigDict, PyTree, tuple, int]:
+def load(
+    workdir: Path, step: int | None, *, ema: bool, tables_too: bool = False
+) -> tuple[ConfigDict, PyTree, tuple, int]:
     """Returns the run's configuration, its parameters, an example's shape and the step.
 
+    Args:
+      workdir: the run directory.
+      step: which checkpoint; None for the newest.
+      ema: whether to return the average of the parameters.
+      tables_too: whether the caller knows what to do with models of tables.
+
     Raises:
-      RunError: the directory holds no run, or none with a checkpoint.
+      RunError: the directory holds no run, or none with a checkpoint, or that of a table.
       CheckpointError: the checkpoint cannot be read.
       FileNotFoundError: there is no checkpoint of that step.
     """
     config = runs.load_config(workdir, default())
+    if build.is_table(config) and not tables_too:
+        raise runs.RunError(
+            f"{workdir} holds a model of a table, and this command is for images: there are "
+            "experiments.sample, evaluate and complete"
+        )
     folder = workdir / "checkpoints"
     if not folder.is_dir():
         raise runs.RunError(f"{workdir} has no checkpoint yet: train it first")
@@ -191,13 +210,47 @@ def save_gif(
     viz.save_gif(path, frames)
 
 
+def write_patients(
+    out: Path,
+    config: ConfigDict,
+    params: PyTree,
+    shape: tuple[int, ...],
+    templates: cohorts.Templates,
+) -> None:
+    """Writes the patients that the flags ask for.
+
+    Raises:
+      ValueError: a flag is for images.
+    """
+    if FLAGS.gif or config.sample.label is not None or config.sample.guidance == "autoguidance":
+        raise ValueError("--gif, --label and autoguidance are for models of images")
+    schema = templates.codec.schema
+    drawn = cohorts.draw_table(
+        config,
+        params,
+        shape,
+        templates,
+        first_index=FLAGS.first_index,
+        visits=FLAGS.visits,
+        where=cohorts.parse_where(FLAGS.where, schema),
+    )
+    tables.write_table(drawn, out / "synthetic.csv", schema)
+
+
 def main() -> None:
     """Runs the command."""
     workdir = Path(FLAGS.workdir)
-    config, params, shape, step = load(workdir, FLAGS.step, ema=FLAGS.ema)
+    config, params, shape, step = load(workdir, FLAGS.step, ema=FLAGS.ema, tables_too=True)
     override(config)
     out = Path(FLAGS.out or workdir / "drawn")
     out.mkdir(parents=True, exist_ok=True)
+    if build.is_table(config):
+        write_patients(out, config, params, shape, cohorts.load_templates(workdir))
+        print(f"drew {config.sample.num} patients with the parameters of step {step}")
+        print(f"look at {out / 'synthetic.csv'}")
+        return
+    if FLAGS.where or FLAGS.visits is not None:
+        raise ValueError("--where and --visits are for models of tables")
     weak = load_weak(config, workdir, ema=FLAGS.ema)
     samples = draw_all(config, params, shape, FLAGS.first_index, weak)
     options = {**config.sample.to_dict(), "step": step, "ema": FLAGS.ema}

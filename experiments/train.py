@@ -23,8 +23,9 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
-from experiments import build, drawing, report, runs, runtime
+from experiments import build, cohorts, drawing, realism, report, runs, runtime
 from jaxdiff import evaluation, sampling, viz
+from jaxdiff.data import tables
 from jaxdiff.training import TrainState, checkpoints
 
 FLAGS = flags.FLAGS
@@ -57,11 +58,15 @@ def train(config: ConfigDict, workdir: Path, *, allow_config_change: bool = Fals
     """
     check(config)
     # Whatever may be wrong with the configuration is found before anything is written.
-    source = build.make_source(config)
+    cohort = None
+    if build.is_table(config):
+        cohort = cohorts.load(config)
+        cohorts.resolve(config, cohort)
+    source = cohorts.make_source(cohort) if cohort else build.make_source(config)
     shape = build.example_shape(config, source)
     batches = build.make_batches(config, source)
     init, step_fn = build.make_training(config, shape)
-    draw = drawing.make_draw(config, shape)
+    draw = (cohorts if cohort else drawing).make_draw(config, shape)
     like = jax.eval_shape(init)
     runs.open_workdir(workdir, config, allow_change=allow_config_change)
 
@@ -73,6 +78,8 @@ def train(config: ConfigDict, workdir: Path, *, allow_config_change: bool = Fals
     with checkpoints.open_folder(workdir / "checkpoints", keep=config.train.keep) as saved:
         state, position = resume(saved, init, like, everywhere, batches, config)
         runs.write_json(workdir / "config.json", runs.as_json(config))
+        if cohort:
+            cohorts.save(workdir, cohort)
         num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         about = runs.describe(config, num_params, shape)
         runs.write_json(workdir / "run.json", about)
@@ -82,7 +89,10 @@ def train(config: ConfigDict, workdir: Path, *, allow_config_change: bool = Fals
         with contextlib.closing(runs.Metrics(workdir / "metrics.jsonl", position)) as metrics:
             state = loop(config, state, step_fn, batches, rows, saved, metrics, preview)
     about["sha256"] = runs.fingerprint({"params": state.params, "ema": state.ema})
-    finish(config, workdir, state, draw, source, about, metrics.lines)
+    if cohort:
+        finish_table(config, workdir, state, draw, cohort, about, metrics.lines)
+    else:
+        finish(config, workdir, state, draw, source, about, metrics.lines)
     return state
 
 
@@ -120,6 +130,8 @@ def check(config: ConfigDict) -> None:
             "evaluate.neighbours compares pixels with those of the data set, which data.pad_to "
             "changes: leave one of the two unset"
         )
+    if build.is_table(config) and (neighbours or config.train.sample_every):
+        raise ValueError("evaluate.neighbours and train.sample_every are for images: leave them 0")
     if config.train.batch_size % jax.device_count():
         raise ValueError(
             f"train.batch_size is that of all devices together and must be a multiple of their "
@@ -170,12 +182,11 @@ def loop(
     since = time.monotonic()
     for step in range(first + 1, last + 1):
         arrays = next(batches)
-        if not config.labels.num_classes:
+        if not (config.labels.num_classes or build.is_table(config)):
             arrays = {"x0": arrays["x0"]}
-        batch = {
-            name: jax.make_array_from_process_local_data(rows, array)
-            for name, array in arrays.items()
-        }
+        batch = jax.tree.map(
+            functools.partial(jax.make_array_from_process_local_data, rows), arrays
+        )
         state, values = step_fn(state, batch)
         pending.append(values)
         bar.update()
@@ -267,6 +278,36 @@ def finish(
         print(f"{name}: {value:.3f}")
     print(f"sha256 of the parameters: {about['sha256']}")
     print(f"look at {workdir / 'samples.png'} and {workdir / 'report.html'}")
+
+
+def finish_table(
+    config: ConfigDict,
+    workdir: Path,
+    state: TrainState,
+    draw: Any,
+    cohort: cohorts.Cohort,
+    about: dict[str, Any],
+    lines: list[dict[str, Any]],
+) -> None:
+    """Draws synthetic patients, writes them and the report, and prints how real they look."""
+    scores, sections = {}, []
+    if config.sample.num:
+        templates, schema = cohorts.load_templates(workdir), cohort.codec.schema
+        shape = cohort.sequences.x0.shape[1:]
+        synthetic = cohorts.draw_table(config, state.ema, shape, templates, compiled=draw)
+        tables.write_table(synthetic, workdir / "synthetic.csv", schema)
+        real = cohort.table if cohort.held_out is None else cohort.held_out
+        scores = realism.realism(real, synthetic, schema, classify=False)
+        about["scores"] = {"real": "trained on" if real is cohort.table else "held out", **scores}
+        sections = realism.sections(real, synthetic, schema)
+    runs.write_json(workdir / "run.json", about)
+    report.write(workdir, config, about, lines, sections)
+
+    print(f"parameters: {about['parameters']:,}")
+    for name, value in scores.items():
+        print(f"{name}: {value:.3f}")
+    print(f"sha256 of the parameters: {about['sha256']}")
+    print(f"look at {workdir / 'synthetic.csv'} and {workdir / 'report.html'}")
 
 
 def progress(config: ConfigDict, draw: Any, params: Any) -> Iterator[np.ndarray]:

@@ -157,7 +157,7 @@ def test_bounds_of_a_run():
     chain, told = evaluate.make_chain(schedules.cosine(6), 4)
     network = guidance.clip_x0(
         denoisers.from_network(
-            build.make_network(config, 1), params, build.make_schedule(config),
+            build.make_network(config, (8, 8, 1)), params, build.make_schedule(config),
             build.make_parameterization(config), jnp.asarray(known), learned_variance=True,
         )
     )  # fmt: skip

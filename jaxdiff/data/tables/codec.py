@@ -209,10 +209,11 @@ class Codec:
 
         Returns:
           `known` and `known_mask` `(N, L, C)`: the channels of these columns, at all L places
-          (those behind a record's end are padding, which a model ignores).
+          (those behind a record's end are padding, which a model ignores). Of a codec with
+          `static="vector"`, `(N, S)`: what is known of the vectors.
 
         Raises:
-          ValueError: a column is not static, or the codec has static vectors: see `encode_static`.
+          ValueError: a column is not static.
           TableError: a value does not fit the schema.
         """
         return _known.static(self, values, num, length)

@@ -66,12 +66,12 @@ def static(
     codec: Codec, values: Mapping[str, Any], num: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """See `Codec.known_static`."""
-    if codec.static == "vector":
-        raise ValueError('a codec with static="vector" has no static channels: use encode_static')
-    shape = (num, length, len(codec.channels))
+    vector = codec.static == "vector"
+    channels = codec.static_channels if vector else codec.channels
+    shape = (num, len(channels)) if vector else (num, length, len(channels))
     known, known_mask = np.zeros(shape, np.float32), np.zeros(shape, bool)
     for name, value in values.items():
-        where, encoded, seen = _encode_values(codec, codec.channels, name, [value])
+        where, encoded, seen = _encode_values(codec, channels, name, [value])
         known[..., where], known_mask[..., where] = encoded[0], seen[0]
     return known, known_mask
 

@@ -1,0 +1,481 @@
+"""Completes records with a trained model of a table: fills in missing values, or goes on with them.
+
+    python -m experiments.complete --workdir=runs/clinical --table=records.csv
+    python -m experiments.complete --workdir=runs/clinical --table=records.csv --forecast=3
+    python -m experiments.complete --workdir=runs/clinical --hide=0.2
+
+The first draws what is missing in the table, given all that is not, and writes it filled in to
+WORKDIR/completed/imputed.csv: the mean of the draws' numbers, and their most frequent category.
+
+The second draws three further visits of each patient and writes WORKDIR/completed/forecast.csv: a
+table like the first, the past as it was; of several draws one below the other, their number in a
+column `draw` in front. Their mean would be no record that anybody has. Records so long that with
+the new visits they would be longer than any that was trained on are told by their last visits only.
+
+The third says how well the first does: of patients held out (or of --table) it hides some of the
+values that change from visit to visit, fills them in and prints the error, beside what takes no
+model: the patient's last observed value (else the next, else as follows), and the column's mean or
+most frequent category. Errors of numbers are in units of the column's standard deviation. Scores
+are added to the list in WORKDIR/evaluation.json.
+
+Visits, their times and the static columns that are there count as known. What is drawn for the
+patient at place i of the sorted table does not depend on the batch size.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments import build, cohorts, drawing, evaluate, realism, runs, runtime, sample
+from jaxdiff import grids
+from jaxdiff.base import PyTree
+from jaxdiff.data import tables
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+FLAGS = flags.FLAGS
+MODEL, CARRIED, TYPICAL = "model", "last observed", "column mean"
+NUMBERS, SQUARED, CATEGORIES = "mean error of numbers", "rms error of numbers", "accuracy"
+
+
+class Model(NamedTuple):
+    """A trained model of a table.
+
+    Attributes:
+      config: the run's configuration.
+      params: the network's parameters.
+      shape: of one example, `(L, C)`.
+      codec: of the table.
+      resamples: how often each stretch of the way is walked.
+      jump_length: the length of such a stretch, in steps; None for a fifth of all steps.
+    """
+
+    config: ConfigDict
+    params: PyTree
+    shape: tuple[int, ...]
+    codec: tables.Codec
+    resamples: int = 2
+    jump_length: int | None = None
+
+
+def define_flags(values: flags.FlagValues = FLAGS) -> None:
+    """Defines the command's flags; not on import, where they would meet another command's."""
+    string, integer = (
+        functools.partial(define, flag_values=values)
+        for define in (flags.DEFINE_string, flags.DEFINE_integer)
+    )
+    string("workdir", "runs/clinical", "The run directory of the trained model.")
+    string("table", None, "The table of records: a CSV or Parquet file.")
+    string("out", None, "Folder to write to; WORKDIR/completed if not given.")
+    integer("forecast", None, "How many visits to add to each record.", 1)
+    flags.DEFINE_float(
+        "hide", None, "The share of observed values to hide and score.", flag_values=values
+    )
+    integer("draws", 20, "How many draws: averaged, or as many forecasts.", 1)
+    integer("step", None, "The checkpoint to use; the newest if not given.")
+    flags.DEFINE_bool("ema", True, "Use the average of the parameters.", flag_values=values)
+    integer("seed", None, "The seed; the run's own if not given.", 0)
+    integer("steps", None, "How many steps; as many as the run's own if not given.", 1)
+    integer("batch_size", None, "How many patients at a time; as the run if not given.", 1)
+    integer("resamples", 2, "How often each stretch of the way is walked (RePaint).", 1)
+    integer("jump_length", None, "The length of such a stretch; a fifth of the steps else.", 1)
+
+
+def draw(
+    model: Model,
+    sequences: tables.Sequences,
+    lengths: np.ndarray,
+    known: np.ndarray,
+    known_mask: np.ndarray,
+    num: int,
+) -> np.ndarray:
+    """Draws records given what is known of them.
+
+    Args:
+      model: the model.
+      sequences: the records, encoded.
+      lengths: `(N,)`, how many visits they shall have.
+      known: `(N, L, C)`, what is known of them, where `known_mask` is set.
+      known_mask: `(N, L, C)` bool.
+      num: how many draws, M.
+
+    Returns:
+      `(M, N, L, C)` float32.
+    """
+    config = model.config
+    grid = drawing.make_grid(config)
+    if model.resamples > 1:
+        jump_length = model.jump_length or max(1, config.sample.steps // 5)
+        grid = grids.resample(grid, jump_length, model.resamples)
+    compiled = cohorts.make_draw(config, model.shape, edits=True, grid=grid)
+    plan = cohorts.Plan(lengths, cohorts.told(sequences.static), known, known_mask)
+    key = jax.random.key(config.sample.seed)
+    return np.stack(
+        [
+            cohorts.draw(
+                config, model.params, model.shape, plan,
+                key=jax.random.fold_in(key, number), compiled=compiled,
+            )
+            for number in range(num)
+        ]
+    )  # fmt: skip
+
+
+def check(codec: tables.Codec, frame: DataFrame) -> DataFrame:
+    """Returns a table of which any value that can be drawn may be missing, in canonical form.
+
+    Raises:
+      TableError: it has another schema than the model, an unknown category, or lacks a value that
+        the model is told.
+    """
+    schema = codec.schema
+    for column in schema.columns:
+        if not (column.static and codec.static == "vector"):
+            schema = schema.replace(column.name, missing=True)
+    return tables.check_table(frame, schema)
+
+
+def impute(model: Model, frame: DataFrame, num: int) -> DataFrame:
+    """Returns a table with what is missing filled in, from `num` draws, sorted.
+
+    Static columns that are conditions of the model stay as they are: it does not draw them.
+
+    Raises:
+      TableError: see `check`; or a record is longer than those the model was trained on.
+    """
+    codec = model.codec
+    # By itself `encode` would take an unknown category for a missing value, to be replaced.
+    check(codec, frame)
+    sequences = codec.encode(frame, length=model.shape[0], unseen="missing")
+    given = codec.known_for_imputation(sequences)
+    return codec.impute(frame, draw(model, sequences, sequences.lengths, *given, num))
+
+
+def forecast(model: Model, frame: DataFrame, visits: int, num: int) -> list[DataFrame]:
+    """Returns `num` tables in which all records go on, by so many visits; sorted.
+
+    A model draws records no longer than those it was trained on: where with the new visits one
+    would be, it is told the last visits only.
+
+    Raises:
+      TableError: the table has another schema than the model.
+      ValueError: so many visits leave no place for a record.
+    """
+    codec, longest = model.codec, model.shape[0]
+    if visits >= longest:
+        raise ValueError(
+            f"--forecast must be less than {longest}, the longest record that the model knows, got "
+            f"{visits}"
+        )
+    table = tables.check_table(frame, codec.schema)
+    records = table.groupby(codec.schema.patient)
+    if long := int((records.size() > longest - visits).sum()):
+        print(f"of the records of {long} patients only the last {longest - visits} visits are told")
+    told = records.tail(longest - visits).reset_index(drop=True)
+    sequences = codec.encode(told, length=longest)
+    known, known_mask, _, lengths = codec.known_for_forecast(sequences, visits, length=longest)
+    drawn = draw(model, sequences, lengths, known, known_mask, num)
+    return [_continued(codec, table, sequences, x0, lengths) for x0 in drawn]
+
+
+def _continued(
+    codec: tables.Codec,
+    table: DataFrame,
+    sequences: tables.Sequences,
+    x0: np.ndarray,
+    lengths: np.ndarray,
+) -> DataFrame:
+    """Puts the visits that `x0` has more than `sequences` after those of a canonical table."""
+    import pandas as pd
+
+    schema, old = codec.schema, sequences.lengths
+    decoded = codec.decode(x0, lengths, sequences.static, ids=sequences.ids)
+    ends = np.cumsum(lengths)
+    future = np.arange(ends[-1]) >= np.repeat(ends - lengths + old, lengths)
+    new = decoded[future].reset_index(drop=True)
+    # The gaps are drawn; they count from the last real visit, which may not decode exactly.
+    times, last = decoded[schema.time].to_numpy(), table.groupby(schema.patient).tail(1)
+    shift = last[schema.time].to_numpy() - times[ends - lengths + old - 1]
+    new[schema.time] = times[future] + np.repeat(shift, lengths - old)
+    if schema.time_dtype == "float" and schema.time_decimals is not None:
+        new[schema.time] = new[schema.time].round(schema.time_decimals)
+    for name in schema.statics:
+        new[name] = last[name].array.repeat(lengths - old)
+    return tables.check_table(pd.concat([table, new], ignore_index=True), schema)
+
+
+def write_forecasts(drawn: Sequence[DataFrame], path: Path, schema: tables.Schema) -> None:
+    """Writes tables into one CSV file, their numbers, from 1 on, in a column `draw` in front.
+
+    Raises:
+      ValueError: the tables have such a column.
+    """
+    if "draw" in schema.order:
+        raise ValueError("the table has a column 'draw' of its own: forecast with --draws=1")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["draw", *schema.order])
+    with tempfile.TemporaryDirectory() as folder:
+        one = Path(folder) / "one.csv"
+        for number, table in enumerate(drawn, 1):
+            tables.write_table(table, one, schema)
+            with one.open(newline="") as file:
+                writer.writerows([number, *row] for row in list(csv.reader(file))[1:])
+    runs.write_text(path, text.getvalue())
+
+
+def hide(
+    table: DataFrame, schema: tables.Schema, share: float, seed: int
+) -> tuple[DataFrame, np.ndarray]:
+    """Hides observed values of the columns that change from visit to visit.
+
+    Which ones depends on the seed and the table: their places in the order of random words
+    (Philox, which NumPy promises never to change).
+
+    Args:
+      table: in canonical form.
+      schema: what it holds.
+      share: the share of values to hide, in (0, 1), rounded to whole values.
+      seed: the seed.
+
+    Returns:
+      The table without them, and where they were: `(rows, columns)` bool, columns as in `numbers`.
+
+    Raises:
+      ValueError: `share` is out of range, or nothing is hidden, or nothing of a column is left.
+    """
+    import pandas as pd
+
+    if not 0 < share < 1:
+        raise ValueError(f"--hide must lie in (0, 1), got {share}")
+    names = [name for part in realism.columns(schema) for name in part]
+    observed = table[names].notna().to_numpy()
+    rows, columns = np.nonzero(observed)
+    words = np.random.Philox(key=seed).random_raw(len(rows))
+    chosen = np.argsort(words, kind="stable")[: round(share * len(rows))]
+    if not chosen.size:
+        raise ValueError(f"--hide={share} of {len(rows)} observed values hides none: hide more")
+    hidden = np.zeros_like(observed)
+    hidden[rows[chosen], columns[chosen]] = True
+    left = (observed & ~hidden).any(0)
+    if not left.all():
+        raise ValueError(
+            f"column {names[np.argmin(left)]!r}: --hide={share} leaves no value: hide less"
+        )
+    shown = table.copy()
+    for number, name in enumerate(names):
+        values = table[name].astype(object).to_numpy(copy=True)
+        values[hidden[:, number]] = None
+        shown[name] = pd.Series(values, dtype=object, index=table.index)
+    return shown, hidden
+
+
+def numbers(table: DataFrame, schema: tables.Schema) -> np.ndarray:
+    """Returns the columns that change: numbers, then the places of categories; NaN if missing.
+
+    Args:
+      table: the table.
+      schema: what it holds.
+
+    Returns:
+      `(rows, columns)` float64, columns in the order of `realism.columns`.
+    """
+    reals, categories = realism.columns(schema)
+    values = [realism.floats(table[name]) for name in reals]
+    for name in categories:
+        places = {category: place for place, category in enumerate(schema[name].categories)}
+        given = zip(table[name].astype(object), table[name].isna(), strict=True)
+        values.append(np.array([np.nan if gone else places[v] for v, gone in given], np.float64))
+    return np.stack(values, axis=1)
+
+
+def typical(shown: np.ndarray, num_reals: int) -> np.ndarray:
+    """Returns the means of numbers and the most frequent categories of `(rows, columns)`."""
+    middle = np.nanmean(shown, axis=0)
+    for place in range(num_reals, shown.shape[1]):
+        codes = shown[:, place]
+        middle[place] = np.bincount(codes[~np.isnan(codes)].astype(int)).argmax()
+    return middle
+
+
+def carried(shown: np.ndarray, patients: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+    """Fills in the patient's last observed value, else the next one, else that of the column.
+
+    Args:
+      shown: `(rows, columns)`, NaN where missing; visits in order.
+      patients: `(rows,)`.
+      otherwise: `(columns,)`.
+
+    Returns:
+      `(rows, columns)`.
+    """
+    import pandas as pd
+
+    frame = pd.DataFrame(shown)
+    frame = frame.groupby(patients).ffill().groupby(patients).bfill()
+    return np.where(frame.isna(), otherwise[None], frame.to_numpy())
+
+
+def score(
+    table: DataFrame,
+    shown: DataFrame,
+    filled: DataFrame,
+    hidden: np.ndarray,
+    schema: tables.Schema,
+) -> dict[str, dict[str, Any]]:
+    """Returns how far from the truth hidden values are as a model filled them in, and without it.
+
+    Args:
+      table: the truth.
+      shown: the table without the values that are hidden.
+      filled: the same, filled in by a model.
+      hidden: `(rows, columns)` bool, which values are hidden.
+      schema: what the tables hold.
+
+    Returns:
+      Of each way to fill in the means over columns and, in `columns`, the scores of each: mean
+      absolute and root mean square error in units of the column's standard deviation, or the share
+      of categories that are right. Columns of which nothing is hidden have none.
+    """
+    reals, categories = realism.columns(schema)
+    truth, seen, guess = (numbers(each, schema) for each in (table, shown, filled))
+    middle = typical(seen, len(reals))
+    patients = table[schema.patient].to_numpy()
+    ways = {
+        MODEL: guess,
+        CARRIED: carried(seen, patients, middle),
+        TYPICAL: np.broadcast_to(middle, truth.shape),
+    }
+    found = {}
+    for way, values in ways.items():
+        columns: dict[str, dict[str, float]] = {}
+        for place, name in enumerate([*reals, *categories]):
+            where = hidden[:, place]
+            if not where.any():
+                continue
+            wrong = values[where, place] - truth[where, place]
+            if place >= len(reals):
+                columns[name] = {CATEGORIES: float(np.mean(wrong == 0))}
+            elif spread := np.nanstd(truth[:, place]):
+                columns[name] = {
+                    NUMBERS: float(np.mean(np.abs(wrong)) / spread),
+                    SQUARED: float(np.sqrt(np.mean(wrong**2)) / spread),
+                }
+        found[way] = {"columns": columns}
+        for key in (NUMBERS, SQUARED, CATEGORIES):
+            each = [scores[key] for scores in columns.values() if key in scores]
+            if each:
+                found[way][key] = float(np.mean(each))
+    return found
+
+
+def tell(scores: dict[str, dict[str, Any]]) -> None:
+    """Prints scores, a line a column, and the means over columns."""
+    columns = scores[MODEL]["columns"]
+    wide = max(map(len, [*columns, SQUARED]))
+
+    def line(name: str, key: str, *of: dict[str, float]) -> None:
+        print(f"{name:{wide}}" + "".join(f"{each[key]:>15.3f}" for each in of))
+
+    def header(title: str) -> None:
+        print(f"{title:{wide}}" + "".join(f"{way:>15}" for way in scores))
+
+    for key, title in ((NUMBERS, "error / std"), (CATEGORIES, "accuracy")):
+        if key in scores[MODEL]:
+            header(title)
+            for name, of in columns.items():
+                if key in of:
+                    line(name, key, *(each["columns"][name] for each in scores.values()))
+    header("mean over columns")
+    for key in (NUMBERS, SQUARED, CATEGORIES):
+        if key in scores[MODEL]:
+            line(key, key, *scores.values())
+
+
+def held_out(workdir: Path, model: Model) -> DataFrame:
+    """Returns the patients that a run was not trained on; of longer records the first visits.
+
+    Raises:
+      ValueError: there are none.
+    """
+    table = cohorts.load(model.config).held_out
+    if table is None:
+        raise ValueError(
+            f"{workdir} was trained on all patients: name others by --table, or train it with "
+            "--config.data.held_out=0.5"
+        )
+    schema, longest = model.codec.schema, model.shape[0]
+    table = tables.check_table(table, schema)
+    return table[table.groupby(schema.patient).cumcount() < longest].reset_index(drop=True)
+
+
+def score_hidden(workdir: Path, model: Model, table: DataFrame) -> dict[str, Any]:
+    """Hides values, fills them in, prints the scores and returns them."""
+    schema = model.codec.schema
+    table = check(model.codec, table)
+    shown, hidden = hide(table, schema, FLAGS.hide, model.config.sample.seed)
+    scores = score(table, shown, impute(model, shown, FLAGS.draws), hidden, schema)
+    patients = table[schema.patient].nunique()
+    print(f"{workdir}: {hidden.sum()} hidden values of {patients} patients, {FLAGS.draws} draws")
+    tell(scores)
+    return {"num": int(hidden.sum()), "patients": patients, "scores": scores}
+
+
+def main() -> None:
+    """Runs the command."""
+    workdir = Path(FLAGS.workdir)
+    if FLAGS.hide is not None and FLAGS.forecast is not None:
+        raise ValueError("--hide scores imputation: leave one of --hide and --forecast unset")
+    config, params, shape, step = sample.load(workdir, FLAGS.step, ema=FLAGS.ema, tables_too=True)
+    if not build.is_table(config):
+        raise runs.RunError(f"{workdir} holds a model of images, and this command is for tables")
+    for name in ("seed", "steps", "batch_size"):
+        if getattr(FLAGS, name) is not None:
+            config.sample[name] = getattr(FLAGS, name)
+    codec = cohorts.load_templates(workdir).codec
+    model = Model(config, params, shape, codec, FLAGS.resamples, FLAGS.jump_length)
+    frame = tables.read_table(FLAGS.table) if FLAGS.table else None
+    if FLAGS.hide is not None:
+        record = score_hidden(workdir, model, held_out(workdir, model) if frame is None else frame)
+        options = {name: config.sample[name] for name in ("seed", "steps", "solver")}
+        options |= {name: getattr(FLAGS, name) for name in ("hide", "draws", "resamples", "ema")}
+        about = {"part": "imputation", "table": FLAGS.table, "step": step, **options}
+        evaluate.append(workdir / "evaluation.json", about | record)
+        print(f"added to {workdir / 'evaluation.json'}")
+        return
+    if frame is None:
+        raise ValueError("name the table to complete by --table, or score by --hide=0.2")
+    out = Path(FLAGS.out or workdir / "completed")
+    out.mkdir(parents=True, exist_ok=True)
+    if FLAGS.forecast is None:
+        path, table = out / "imputed.csv", impute(model, frame, FLAGS.draws)
+        tables.write_table(table, path, codec.schema)
+        count, left = (int(each.isna().to_numpy().sum()) for each in (frame, table))
+        print(f"filled in {count - left} values with the parameters of step {step}")
+        if left:
+            print(f"{left} values of static columns are missing still: the model draws none")
+    else:
+        path = out / "forecast.csv"
+        drawn = forecast(model, frame, FLAGS.forecast, FLAGS.draws)
+        if len(drawn) == 1:
+            tables.write_table(drawn[0], path, codec.schema)
+        else:
+            write_forecasts(drawn, path, codec.schema)
+        print(f"drew {FLAGS.forecast} visits of each patient with the parameters of step {step}")
+    print(f"look at {path}")
+
+
+if __name__ == "__main__":
+    runtime.command(define_flags, main)
