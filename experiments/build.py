@@ -52,7 +52,6 @@ WEIGHTINGS = {
     "flow_matching": lambda: losses.flow_matching,
     "elbo": losses.elbo,
 }
-POSITION_CHANNELS = 4  # of sequence_positions
 TABLES = ("table", "pbc")
 """Names of `data.name` that are tables of visits; all others are images."""
 TIMESTEPS = {
@@ -105,6 +104,7 @@ def make_batches(config: ConfigDict, source: data.Source) -> Any:
         flip=options.flip,
         dequantize=options.dequantize,
         pad_to=options.pad_to,
+        crop=options.crop,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         worker_count=0 if options.in_memory else options.worker_count,
@@ -173,7 +173,7 @@ def make_model(config: ConfigDict, channels: int) -> UNet:
         out_channels=channels * (1 if config.vlb_weight is None else 2),
         # One more: no label.
         num_classes=classes + 1 if classes else None,
-        image_channels=POSITION_CHANNELS if is_table(config) else None,
+        image_channels=_context_channels(config, channels) if is_table(config) else None,
         noise_level_scale=1.0 if make_schedule(config).num_steps else 1000.0,
         **{**config.model, "dtype": jnp.dtype(config.model.dtype)},
     )
@@ -183,22 +183,40 @@ def make_network(config: ConfigDict, shape: tuple[int, ...]) -> Network:
     """Returns the network as a function, scaled as its parameterization wants it."""
     apply_fn = make_model(config, shape[-1]).apply
     if is_table(config):
-        apply_fn = _with_positions(apply_fn, shape[0])
+        apply_fn = _with_context(apply_fn, shape[0])
     if config.parameterization == "edm":
         return denoisers.preconditioned(apply_fn, make_schedule(config), config.sigma_data)
     return apply_fn
 
 
-def _with_positions(apply_fn: Network, length: int) -> Network:
-    """Returns a network of sequences that is told where in a sequence each entry stands."""
+def _context_channels(config: ConfigDict, channels: int) -> int:
+    """Returns how many channels `_with_context` adds: 4 of positions, 2 of crops, those of x."""
+    return 6 + channels * (2 if config.self_condition else 1)
 
-    def with_positions(
-        params: PyTree, x: Array, level: Array, cond: PyTree, **kwargs: Any
-    ) -> Array:
-        image = sequence_positions(cond["mask"], length)
+
+def _with_context(apply_fn: Network, length: int) -> Network:
+    """Returns a network of sequences that is told where in a record each visit stands.
+
+    Also, in training on parts, how many visits are left out before and behind; and the mean of x
+    over the visits, in which what is a patient's own stands out from the noise.
+    """
+
+    def with_context(params: PyTree, x: Array, level: Array, cond: PyTree, **kwargs: Any) -> Array:
+        cond = dict(cond)
+        crop = cond.pop("crop", jnp.zeros((x.shape[0], 2)))
+        real = cond["mask"][..., None]
+        mean = jnp.sum(jnp.where(real, x, 0), 1) / jnp.maximum(jnp.sum(real, 1), 1)
+        same = jnp.concatenate([crop / length, mean], axis=-1)[:, None]
+        image = jnp.concatenate(
+            [
+                sequence_positions(cond["mask"], length),
+                jnp.where(real, jnp.broadcast_to(same, (*x.shape[:2], same.shape[-1])), 0),
+            ],
+            axis=-1,
+        )
         return apply_fn(params, x, level, {**cond, "image": image}, **kwargs)
 
-    return with_positions
+    return with_context
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation | optax.MultiSteps:
@@ -316,7 +334,9 @@ def _example_condition(config: ConfigDict, shape: tuple[int, ...]) -> tuple[PyTr
     if is_table(config):
         cond = {
             "mask": jax.ShapeDtypeStruct((1, shape[0]), bool),
-            "image": jax.ShapeDtypeStruct((1, shape[0], POSITION_CHANNELS), jnp.float32),
+            "image": jax.ShapeDtypeStruct(
+                (1, shape[0], _context_channels(config, shape[1])), jnp.float32
+            ),
         }
         if config.model.vector_dim:
             cond["vector"] = jax.ShapeDtypeStruct((1, config.model.vector_dim), jnp.float32)

@@ -37,7 +37,8 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import build, cohorts, drawing, evaluate, realism, runs, runtime, sample
+from experiments import build, cohorts, drawing, evaluate, hidden_values, runs, runtime, sample
+from experiments.config import default
 from jaxdiff import grids
 from jaxdiff.base import PyTree
 from jaxdiff.data import tables
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 FLAGS = flags.FLAGS
-MODEL, CARRIED, TYPICAL = "model", "last observed", "column mean"
-NUMBERS, SQUARED, CATEGORIES = "mean error of numbers", "rms error of numbers", "accuracy"
 
 
 class Model(NamedTuple):
@@ -87,6 +86,10 @@ def define_flags(values: flags.FlagValues = FLAGS) -> None:
     integer("step", None, "The checkpoint to use; the newest if not given.")
     flags.DEFINE_bool("ema", True, "Use the average of the parameters.", flag_values=values)
     integer("seed", None, "The seed; the run's own if not given.", 0)
+    flags.DEFINE_enum(
+        "solver", "ddpm", list(drawing.SOLVERS), "The solver; one that draws noise as it goes.",
+        flag_values=values,
+    )  # fmt: skip
     integer("steps", None, "How many steps; as many as the run's own if not given.", 1)
     integer("batch_size", None, "How many patients at a time; as the run if not given.", 1)
     integer("resamples", 2, "How often each stretch of the way is walked (RePaint).", 1)
@@ -236,174 +239,6 @@ def write_forecasts(drawn: Sequence[DataFrame], path: Path, schema: tables.Schem
     runs.write_text(path, text.getvalue())
 
 
-def hide(
-    table: DataFrame, schema: tables.Schema, share: float, seed: int
-) -> tuple[DataFrame, np.ndarray]:
-    """Hides observed values of the columns that change from visit to visit.
-
-    Which ones depends on the seed and the table: their places in the order of random words
-    (Philox, which NumPy promises never to change).
-
-    Args:
-      table: in canonical form.
-      schema: what it holds.
-      share: the share of values to hide, in (0, 1), rounded to whole values.
-      seed: the seed.
-
-    Returns:
-      The table without them, and where they were: `(rows, columns)` bool, columns as in `numbers`.
-
-    Raises:
-      ValueError: `share` is out of range, or nothing is hidden, or nothing of a column is left.
-    """
-    import pandas as pd
-
-    if not 0 < share < 1:
-        raise ValueError(f"--hide must lie in (0, 1), got {share}")
-    names = [name for part in realism.columns(schema) for name in part]
-    observed = table[names].notna().to_numpy()
-    rows, columns = np.nonzero(observed)
-    words = np.random.Philox(key=seed).random_raw(len(rows))
-    chosen = np.argsort(words, kind="stable")[: round(share * len(rows))]
-    if not chosen.size:
-        raise ValueError(f"--hide={share} of {len(rows)} observed values hides none: hide more")
-    hidden = np.zeros_like(observed)
-    hidden[rows[chosen], columns[chosen]] = True
-    left = (observed & ~hidden).any(0)
-    if not left.all():
-        raise ValueError(
-            f"column {names[np.argmin(left)]!r}: --hide={share} leaves no value: hide less"
-        )
-    shown = table.copy()
-    for number, name in enumerate(names):
-        values = table[name].astype(object).to_numpy(copy=True)
-        values[hidden[:, number]] = None
-        shown[name] = pd.Series(values, dtype=object, index=table.index)
-    return shown, hidden
-
-
-def numbers(table: DataFrame, schema: tables.Schema) -> np.ndarray:
-    """Returns the columns that change: numbers, then the places of categories; NaN if missing.
-
-    Args:
-      table: the table.
-      schema: what it holds.
-
-    Returns:
-      `(rows, columns)` float64, columns in the order of `realism.columns`.
-    """
-    reals, categories = realism.columns(schema)
-    values = [realism.floats(table[name]) for name in reals]
-    for name in categories:
-        places = {category: place for place, category in enumerate(schema[name].categories)}
-        given = zip(table[name].astype(object), table[name].isna(), strict=True)
-        values.append(np.array([np.nan if gone else places[v] for v, gone in given], np.float64))
-    return np.stack(values, axis=1)
-
-
-def typical(shown: np.ndarray, num_reals: int) -> np.ndarray:
-    """Returns the means of numbers and the most frequent categories of `(rows, columns)`."""
-    middle = np.nanmean(shown, axis=0)
-    for place in range(num_reals, shown.shape[1]):
-        codes = shown[:, place]
-        middle[place] = np.bincount(codes[~np.isnan(codes)].astype(int)).argmax()
-    return middle
-
-
-def carried(shown: np.ndarray, patients: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
-    """Fills in the patient's last observed value, else the next one, else that of the column.
-
-    Args:
-      shown: `(rows, columns)`, NaN where missing; visits in order.
-      patients: `(rows,)`.
-      otherwise: `(columns,)`.
-
-    Returns:
-      `(rows, columns)`.
-    """
-    import pandas as pd
-
-    frame = pd.DataFrame(shown)
-    frame = frame.groupby(patients).ffill().groupby(patients).bfill()
-    return np.where(frame.isna(), otherwise[None], frame.to_numpy())
-
-
-def score(
-    table: DataFrame,
-    shown: DataFrame,
-    filled: DataFrame,
-    hidden: np.ndarray,
-    schema: tables.Schema,
-) -> dict[str, dict[str, Any]]:
-    """Returns how far from the truth hidden values are as a model filled them in, and without it.
-
-    Args:
-      table: the truth.
-      shown: the table without the values that are hidden.
-      filled: the same, filled in by a model.
-      hidden: `(rows, columns)` bool, which values are hidden.
-      schema: what the tables hold.
-
-    Returns:
-      Of each way to fill in the means over columns and, in `columns`, the scores of each: mean
-      absolute and root mean square error in units of the column's standard deviation, or the share
-      of categories that are right. Columns of which nothing is hidden have none.
-    """
-    reals, categories = realism.columns(schema)
-    truth, seen, guess = (numbers(each, schema) for each in (table, shown, filled))
-    middle = typical(seen, len(reals))
-    patients = table[schema.patient].to_numpy()
-    ways = {
-        MODEL: guess,
-        CARRIED: carried(seen, patients, middle),
-        TYPICAL: np.broadcast_to(middle, truth.shape),
-    }
-    found = {}
-    for way, values in ways.items():
-        columns: dict[str, dict[str, float]] = {}
-        for place, name in enumerate([*reals, *categories]):
-            where = hidden[:, place]
-            if not where.any():
-                continue
-            wrong = values[where, place] - truth[where, place]
-            if place >= len(reals):
-                columns[name] = {CATEGORIES: float(np.mean(wrong == 0))}
-            elif spread := np.nanstd(truth[:, place]):
-                columns[name] = {
-                    NUMBERS: float(np.mean(np.abs(wrong)) / spread),
-                    SQUARED: float(np.sqrt(np.mean(wrong**2)) / spread),
-                }
-        found[way] = {"columns": columns}
-        for key in (NUMBERS, SQUARED, CATEGORIES):
-            each = [scores[key] for scores in columns.values() if key in scores]
-            if each:
-                found[way][key] = float(np.mean(each))
-    return found
-
-
-def tell(scores: dict[str, dict[str, Any]]) -> None:
-    """Prints scores, a line a column, and the means over columns."""
-    columns = scores[MODEL]["columns"]
-    wide = max(map(len, [*columns, SQUARED]))
-
-    def line(name: str, key: str, *of: dict[str, float]) -> None:
-        print(f"{name:{wide}}" + "".join(f"{each[key]:>15.3f}" for each in of))
-
-    def header(title: str) -> None:
-        print(f"{title:{wide}}" + "".join(f"{way:>15}" for way in scores))
-
-    for key, title in ((NUMBERS, "error / std"), (CATEGORIES, "accuracy")):
-        if key in scores[MODEL]:
-            header(title)
-            for name, of in columns.items():
-                if key in of:
-                    line(name, key, *(each["columns"][name] for each in scores.values()))
-    header("mean over columns")
-    for key in (NUMBERS, SQUARED, CATEGORIES):
-        if key in scores[MODEL]:
-            line(key, key, *scores.values())
-
-
 def held_out(workdir: Path, model: Model) -> DataFrame:
     """Returns the patients that a run was not trained on; of longer records the first visits.
 
@@ -425,11 +260,11 @@ def score_hidden(workdir: Path, model: Model, table: DataFrame) -> dict[str, Any
     """Hides values, fills them in, prints the scores and returns them."""
     schema = model.codec.schema
     table = check(model.codec, table)
-    shown, hidden = hide(table, schema, FLAGS.hide, model.config.sample.seed)
-    scores = score(table, shown, impute(model, shown, FLAGS.draws), hidden, schema)
+    shown, hidden = hidden_values.hide(table, schema, FLAGS.hide, model.config.sample.seed)
+    scores = hidden_values.score(table, shown, impute(model, shown, FLAGS.draws), hidden, schema)
     patients = table[schema.patient].nunique()
     print(f"{workdir}: {hidden.sum()} hidden values of {patients} patients, {FLAGS.draws} draws")
-    tell(scores)
+    hidden_values.tell(scores)
     return {"num": int(hidden.sum()), "patients": patients, "scores": scores}
 
 
@@ -441,9 +276,10 @@ def main() -> None:
     config, params, shape, step = sample.load(workdir, FLAGS.step, ema=FLAGS.ema, tables_too=True)
     if not build.is_table(config):
         raise runs.RunError(f"{workdir} holds a model of images, and this command is for tables")
-    for name in ("seed", "steps", "batch_size"):
+    for name in ("seed", "solver", "steps", "batch_size"):
         if getattr(FLAGS, name) is not None:
             config.sample[name] = getattr(FLAGS, name)
+    config.sample.solver_options = default().sample.solver_options  # the run's are of its own
     codec = cohorts.load_templates(workdir).codec
     model = Model(config, params, shape, codec, FLAGS.resamples, FLAGS.jump_length)
     frame = tables.read_table(FLAGS.table) if FLAGS.table else None

@@ -36,6 +36,7 @@ def default() -> ConfigDict:
                 "categories": "one_hot",
                 "static": "channels",  # drawn, too; or conditions: vector
                 "fill": "carry",
+                "crop": 0.0,  # how often only a part of a record is trained on
                 "held_out": 0.0,  # the share of patients that are not trained on
             },
             # Names are those of the tables in experiments.build; options that are not given are the

@@ -10,26 +10,31 @@ def get_config() -> ConfigDict:
     config.name = "clinical"
     config.update(
         {
-            "data": {"name": "pbc", "transform": "normal_quantile", "held_out": 0.5},
+            "data": {
+                "name": "pbc",
+                "transform": "normal_quantile",
+                "crop": 0.6,
+                "held_out": 0.5,
+            },
             "model": {
-                "channels": 64,
+                "channels": 96,
                 "channel_multipliers": (1, 2),
                 "num_res_blocks": 1,
                 "attention_levels": (),
-                "dropout": 0.1,
+                "dropout": 0.4,
             },
             "schedule": {"name": "cosine"},
             "parameterization": "v",
             "timesteps": "stratified",
-            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 100, "decay": "cosine"},
+            "optimizer": {"learning_rate": 2e-3, "warmup_steps": 100, "decay": "cosine"},
             "ema_decay": 0.999,
             "train": {
-                "batch_size": 64,
-                "num_steps": 5000,
+                "batch_size": 32,
+                "num_steps": 8000,
                 "log_every": 200,
                 "checkpoint_every": 1000,
             },
-            "sample": {"num": 312, "batch_size": 104, "solver": "ddpm", "steps": 100},
+            "sample": {"num": 312, "batch_size": 104, "solver": "ddim", "steps": 100},
             "evaluate": {"target": "status", "positive": "2"},
         }
     )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from jaxdiff.data.sources import Source, check_image, gather
 if TYPE_CHECKING:
     import grain
 
-_ORDER, _FLIP, _NOISE = 1, 2, 3  # the streams of a seed; part of the promise, never to change
+_ORDER, _FLIP, _NOISE, _CROP = 1, 2, 3, 4  # the streams of a seed; part of the promise, never to change
 _UNBOUNDED = 2**62  # positions in an endless run; Philox counts further than that
 
 
@@ -38,6 +38,7 @@ def make_pipeline(
     shuffle: bool = True,
     flip: bool = False,
     dequantize: bool = False,
+    crop: float = 0.0,
     num_epochs: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -49,7 +50,8 @@ def make_pipeline(
     """Makes an iterator over batches `{"x0": float32 (B, H, W, C), "cond": int32 (B,)}`.
 
     A pixel u in 0..255 becomes u / 127.5 - 1, in [-1, 1]. "cond" is there if the source has labels.
-    Sequences (`sources.from_sequences`) come as they are: `{"x0": (B, L, C), "mask", "cond"}`.
+    Sequences (`sources.from_sequences`) come as they are: `{"x0": (B, L, C), "mask", "cond"}`, but
+    for `crop`.
 
     The state of the iterator, `get_state()`, is `{"next_index": k}`, k the number of batches taken:
     it survives JSON, is the same on every process, and may be restored (`set_state`) with another
@@ -64,6 +66,11 @@ def make_pipeline(
       flip: whether to mirror each example left to right with probability 1/2.
       dequantize: whether to add uniform noise U in [0, 1) and scale by (u + U) / 128 - 1 instead,
         which also fills [-1, 1].
+      crop: the probability that a sequence is cut to a random part of itself: of its n entries it
+        starts at any alike, and ends at any from there on alike. `cond["crop"]`, float32 `(B, 2)`,
+        then says how many entries lie before and behind the part; 0, 0 for a whole sequence. Told
+        of it, a network learns from the parts and still draws whole sequences (augmentation that
+        does not leak, Karras et al. 2022, appendix F.2).
       num_epochs: how often to go through the source, None for ever. A last batch that is not full
         is left out; the ends of the epochs before leave out nothing.
       process_index: this process, p: it gets the rows pB/n .. (p+1)B/n - 1 of each batch.
@@ -116,7 +123,11 @@ def make_pipeline(
         )
     if not len(source):
         raise ValueError("the source is empty")
+    if not 0 <= crop <= 1:
+        raise ValueError(f"crop must lie in [0, 1], got {crop}")
     sequences = "x0" in source[0]
+    if crop and not sequences:
+        raise ValueError("crop is for sequences, and the source has images")
     if sequences and (flip or dequantize or pad_to is not None):
         raise ValueError("flip, dequantize and pad_to are for images, and the source has sequences")
     shape = () if sequences else check_image(source[0]["image"], "image 0").shape
@@ -136,6 +147,7 @@ def make_pipeline(
         shuffle,
         flip,
         dequantize,
+        crop,
         process_index,
         process_count,
         pad_to,
@@ -165,6 +177,7 @@ class _Batches:
     shuffle: bool
     flip: bool
     dequantize: bool
+    crop: float
     process_index: int
     process_count: int
     pad_to: int | None
@@ -174,7 +187,7 @@ class _Batches:
         first = step * self.batch_size + self.process_index * rows
         batch = gather(self.source, self._examples(first, rows))
         if "x0" in batch:
-            return batch
+            return self._crop(batch, first) if self.crop else batch
         images = batch["image"]
         if images.shape[1:] != self.shape:
             raise ValueError(
@@ -198,6 +211,24 @@ class _Batches:
             found.append(order[start : start + taken])
             first, rows = first + taken, rows - taken
         return np.concatenate(found)
+
+    def _crop(self, batch: dict[str, Any], first: int) -> dict[str, Any]:
+        x0, mask = batch["x0"], batch["cond"]["mask"]
+        words = _words(self.seed, _CROP, first, len(x0), 3).astype(np.int64)
+        whole, places = mask.sum(1), np.arange(mask.shape[1])
+        cut = words[:, 0] < self.crop * 2**32
+        start = np.where(cut, words[:, 1] % whole, 0)
+        length = np.where(cut, 1 + words[:, 2] % (whole - start), whole)
+        moved = np.minimum(start[:, None] + places, places[-1])
+        mask = places < length[:, None]
+        x0 = np.take_along_axis(x0, moved[..., None], axis=1)
+        cond = {
+            **batch["cond"],
+            "mask": mask,
+            "crop": np.stack([start, whole - start - length], axis=1).astype(np.float32),
+        }
+        x0 = np.where(mask[..., None], x0, 0)
+        return {**batch, "x0": x0, "mask": mask[..., None], "cond": cond}
 
     def _pad(self, images: np.ndarray) -> np.ndarray:
         if self.pad_to is None:

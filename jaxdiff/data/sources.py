@@ -197,7 +197,8 @@ def from_sequences(
 
     Args:
       x0: floats in [-1, 1], `(N, L, C)`; converted to float32.
-      mask: bool `(N, L)`, where a sequence has data; at least one entry in each.
+      mask: bool `(N, L)`, where a sequence has data: from its first entry, at least one, to its
+        end.
       vector: floats `(N, D)`, what a network is told of a sequence besides, or None.
 
     Returns:
@@ -222,6 +223,8 @@ def from_sequences(
         raise ValueError(
             f"mask must be bool of shape {x0.shape[:2]}, got {mask.dtype} of shape {mask.shape}"
         )
+    if (mask[:, 1:] & ~mask[:, :-1]).any():
+        raise ValueError("mask must be True up to a sequence's end and False behind it")
     if not mask.any(1).all():
         raise ValueError(f"sequence {int(np.argmin(mask.any(1)))} has no data: leave it out")
     real = x0[mask]

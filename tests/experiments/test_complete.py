@@ -20,7 +20,7 @@ pytest.importorskip("sklearn")
 
 import pandas as pd
 
-from experiments import build, cohorts, complete, drawing, runs
+from experiments import build, cohorts, complete, drawing, hidden_values, runs
 from experiments.configs import clinical
 from jaxdiff.base import Prediction
 from jaxdiff.data import tables
@@ -275,53 +275,53 @@ def test_scores_by_hand():
         lab=[1.0, np.nan, 3.0, np.nan, 20.0, np.nan], grade=["a", None, "b", None, None, None]
     )
     filled = table.assign(lab=[1.0, 2.5, 3.0, 9.0, 20.0, 6.0], grade=["a", "b", "b", "a", "a", "a"])
-    scores = complete.score(table, shown, filled, hidden, schema)
+    scores = hidden_values.score(table, shown, filled, hidden, schema)
     spread = np.std([1, 2, 3, 10, 20, 6])
     # Carried: 1 for 2, 20 (the next) for 10, 8 (the mean of 1, 3, 20) for 6; and for the grades
     # a for b, and a (the first of the most frequent ones left) for a, b and c.
     wrong = {
-        complete.MODEL: ([0.5, 1, 0], 2 / 4),
-        complete.CARRIED: ([1, 10, 2], 1 / 4),
-        complete.TYPICAL: ([6, 2, 2], 1 / 4),
+        hidden_values.MODEL: ([0.5, 1, 0], 2 / 4),
+        hidden_values.CARRIED: ([1, 10, 2], 1 / 4),
+        hidden_values.TYPICAL: ([6, 2, 2], 1 / 4),
     }
     assert list(scores) == list(wrong)
     for way, (errors, accuracy) in wrong.items():
         rms = np.sqrt(np.mean(np.square(errors)))
         columns = scores[way].pop("columns")
         assert columns["lab"] == pytest.approx(
-            {complete.NUMBERS: np.mean(errors) / spread, complete.SQUARED: rms / spread}
+            {hidden_values.NUMBERS: np.mean(errors) / spread, hidden_values.SQUARED: rms / spread}
         )
-        assert columns["grade"] == {complete.CATEGORIES: accuracy}
+        assert columns["grade"] == {hidden_values.CATEGORIES: accuracy}
         assert scores[way] == pytest.approx({**columns["lab"], **columns["grade"]})
 
 
 def test_values_are_carried_within_a_patient_only():
     nan = np.nan
     shown = np.array([[nan, 1], [5, nan], [nan, nan], [nan, nan], [nan, 2]])
-    filled = complete.carried(shown, np.array([1, 1, 1, 2, 2]), np.array([7.0, 8.0]))
+    filled = hidden_values.carried(shown, np.array([1, 1, 1, 2, 2]), np.array([7.0, 8.0]))
     np.testing.assert_array_equal(filled, [[5, 1], [5, 1], [5, 1], [7, 2], [7, 2]])
 
 
 def test_hiding_hides_the_share_of_what_was_observed(records, model):
     schema = model.codec.schema
     table = complete.check(model.codec, records)
-    shown, hidden = complete.hide(table, schema, 0.2, seed=0)
+    shown, hidden = hidden_values.hide(table, schema, 0.2, seed=0)
     names = ["bili", "shift", "count", "ascites", "stage"]
     observed = table[names].notna().to_numpy()
     assert hidden.sum() == round(0.2 * observed.sum())
     assert (shown[names].notna().to_numpy() == (observed & ~hidden)).all()
     rest = [name for name in schema.order if name not in names]
     assert shown[rest].equals(table[rest])
-    again, other = (complete.hide(table, schema, 0.2, seed=seed)[1] for seed in (0, 1))
+    again, other = (hidden_values.hide(table, schema, 0.2, seed=seed)[1] for seed in (0, 1))
     assert (again == hidden).all()
     assert not (other == hidden).all()
     # Whatever the kind of the column, the rest reads as it was.
     kept = complete.check(model.codec, shown)
     assert same(kept, table)[names].to_numpy()[observed & ~hidden].all()
     with pytest.raises(ValueError, match=r"--hide must lie in \(0, 1\), got 1.0"):
-        complete.hide(table, schema, 1.0, 0)
+        hidden_values.hide(table, schema, 1.0, 0)
     with pytest.raises(ValueError, match=r"column 'bili': --hide=0.99 leaves no value"):
-        complete.hide(table, schema, 0.99, 0)
+        hidden_values.hide(table, schema, 0.99, 0)
 
 
 def test_an_exact_model_of_correlated_columns_beats_what_takes_no_model(monkeypatch):
@@ -351,16 +351,16 @@ def test_an_exact_model_of_correlated_columns_beats_what_takes_no_model(monkeypa
     config.sample.update({"steps": 40, "batch_size": num})
     model = complete.Model(config, None, (visits, 3), codec, resamples=3)
     table = tables.check_table(table, codec.schema)
-    shown, hidden = complete.hide(table, codec.schema, 0.2, seed=0)
+    shown, hidden = hidden_values.hide(table, codec.schema, 0.2, seed=0)
     filled = complete.impute(model, shown, 10)
-    scores = complete.score(table, shown, filled, hidden, codec.schema)
-    error = {way: each[complete.SQUARED] for way, each in scores.items()}
+    scores = hidden_values.score(table, shown, filled, hidden, codec.schema)
+    error = {way: each[hidden_values.SQUARED] for way, each in scores.items()}
     # The best guess is off by 0.35 standard deviations given both others, 0.40 given one and 1 if
     # none is; at 20 % hidden 0.41 in all, the mean of ten draws 0.43. Of some 144 values the root
     # mean square has a standard error of about 8 %: this is three of them above.
-    assert error[complete.MODEL] < 0.53
-    assert error[complete.TYPICAL] > 0.8
-    assert error[complete.CARRIED] > 1.1
+    assert error[hidden_values.MODEL] < 0.53
+    assert error[hidden_values.TYPICAL] > 0.8
+    assert error[hidden_values.CARRIED] > 1.1
 
 
 @pytest.fixture
@@ -384,8 +384,10 @@ def test_the_command_scores(command, trained, capsys):
     assert record["part"] == "imputation"
     assert (record["hide"], record["steps"], record["resamples"]) == (0.3, 3, 2)
     assert (record["step"], record["patients"]) == (2, 4)  # a quarter was held out
-    assert list(record["scores"]) == sorted([complete.MODEL, complete.CARRIED, complete.TYPICAL])
-    assert set(record["scores"][complete.MODEL]["columns"]) <= {
+    assert list(record["scores"]) == sorted(
+        [hidden_values.MODEL, hidden_values.CARRIED, hidden_values.TYPICAL]
+    )
+    assert set(record["scores"][hidden_values.MODEL]["columns"]) <= {
         "bili", "shift", "count", "ascites", "stage",
     }  # fmt: skip
 
