@@ -82,7 +82,7 @@ def define_flags(values: flags.FlagValues = FLAGS) -> None:
     flags.DEFINE_float(
         "hide", None, "The share of observed values to hide and score.", flag_values=values
     )
-    integer("draws", 20, "How many draws: averaged, or as many forecasts.", 1)
+    integer("draws", None, "How many draws: 100, averaged, or 1 forecast if not given.", 1)
     integer("step", None, "The checkpoint to use; the newest if not given.")
     flags.DEFINE_bool("ema", True, "Use the average of the parameters.", flag_values=values)
     integer("seed", None, "The seed; the run's own if not given.", 0)
@@ -90,7 +90,7 @@ def define_flags(values: flags.FlagValues = FLAGS) -> None:
         "solver", "ddpm", list(drawing.SOLVERS), "The solver; one that draws noise as it goes.",
         flag_values=values,
     )  # fmt: skip
-    integer("steps", None, "How many steps; as many as the run's own if not given.", 1)
+    integer("steps", 25, "How many steps.", 1)
     integer("batch_size", None, "How many patients at a time; as the run if not given.", 1)
     integer("resamples", 2, "How often each stretch of the way is walked (RePaint).", 1)
     integer("jump_length", None, "The length of such a stretch; a fifth of the steps else.", 1)
@@ -256,14 +256,14 @@ def held_out(workdir: Path, model: Model) -> DataFrame:
     return table[table.groupby(schema.patient).cumcount() < longest].reset_index(drop=True)
 
 
-def score_hidden(workdir: Path, model: Model, table: DataFrame) -> dict[str, Any]:
+def score_hidden(workdir: Path, model: Model, table: DataFrame, draws: int) -> dict[str, Any]:
     """Hides values, fills them in, prints the scores and returns them."""
     schema = model.codec.schema
     table = check(model.codec, table)
     shown, hidden = hidden_values.hide(table, schema, FLAGS.hide, model.config.sample.seed)
-    scores = hidden_values.score(table, shown, impute(model, shown, FLAGS.draws), hidden, schema)
+    scores = hidden_values.score(table, shown, impute(model, shown, draws), hidden, schema)
     patients = table[schema.patient].nunique()
-    print(f"{workdir}: {hidden.sum()} hidden values of {patients} patients, {FLAGS.draws} draws")
+    print(f"{workdir}: {hidden.sum()} hidden values of {patients} patients, {draws} draws")
     hidden_values.tell(scores)
     return {"num": int(hidden.sum()), "patients": patients, "scores": scores}
 
@@ -283,10 +283,14 @@ def main() -> None:
     codec = cohorts.load_templates(workdir).codec
     model = Model(config, params, shape, codec, FLAGS.resamples, FLAGS.jump_length)
     frame = tables.read_table(FLAGS.table) if FLAGS.table else None
+    draws = FLAGS.draws or (100 if FLAGS.forecast is None else 1)
     if FLAGS.hide is not None:
-        record = score_hidden(workdir, model, held_out(workdir, model) if frame is None else frame)
+        record = score_hidden(
+            workdir, model, held_out(workdir, model) if frame is None else frame, draws
+        )
         options = {name: config.sample[name] for name in ("seed", "steps", "solver")}
-        options |= {name: getattr(FLAGS, name) for name in ("hide", "draws", "resamples", "ema")}
+        options |= {name: getattr(FLAGS, name) for name in ("hide", "resamples", "ema")}
+        options["draws"] = draws
         about = {"part": "imputation", "table": FLAGS.table, "step": step, **options}
         evaluate.append(workdir / "evaluation.json", about | record)
         print(f"added to {workdir / 'evaluation.json'}")
@@ -296,7 +300,7 @@ def main() -> None:
     out = Path(FLAGS.out or workdir / "completed")
     out.mkdir(parents=True, exist_ok=True)
     if FLAGS.forecast is None:
-        path, table = out / "imputed.csv", impute(model, frame, FLAGS.draws)
+        path, table = out / "imputed.csv", impute(model, frame, draws)
         tables.write_table(table, path, codec.schema)
         count, left = (int(each.isna().to_numpy().sum()) for each in (frame, table))
         print(f"filled in {count - left} values with the parameters of step {step}")
@@ -304,7 +308,7 @@ def main() -> None:
             print(f"{left} values of static columns are missing still: the model draws none")
     else:
         path = out / "forecast.csv"
-        drawn = forecast(model, frame, FLAGS.forecast, FLAGS.draws)
+        drawn = forecast(model, frame, FLAGS.forecast, draws)
         if len(drawn) == 1:
             tables.write_table(drawn[0], path, codec.schema)
         else:

@@ -74,6 +74,8 @@ def default() -> ConfigDict:
                 "num_res_blocks": 2,
                 "attention_levels": (1,),
                 "num_heads": 1,
+                "num_groups": 32,
+                "min_group_channels": 4,
                 "dropout": 0.0,
                 "scale_shift": False,
                 "vector_dim": config_dict.placeholder(int),  # of conditions; tables bring their own

@@ -370,7 +370,8 @@ def command(trained, monkeypatch):
     def call(*arguments):
         values = flags.FlagValues()
         complete.define_flags(values)
-        values(["complete", f"--workdir={trained / 'run'}", "--draws=2", *arguments])
+        own = ["--draws=2", "--steps=3", "--solver=ddim"]
+        values(["complete", f"--workdir={trained / 'run'}", *own, *arguments])
         monkeypatch.setattr(complete, "FLAGS", values)
         complete.main()
 
