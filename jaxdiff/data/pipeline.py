@@ -26,12 +26,8 @@ from jaxdiff.data.sources import Source, check_image, gather
 if TYPE_CHECKING:
     import grain
 
-_ORDER, _FLIP, _NOISE, _CROP = (
-    1,
-    2,
-    3,
-    4,
-)  # the streams of a seed; part of the promise, never to change
+# The streams of a seed; part of the promise, never to change.
+_ORDER, _FLIP, _NOISE, _CROP = 1, 2, 3, 4
 _UNBOUNDED = 2**62  # positions in an endless run; Philox counts further than that
 
 
