@@ -38,7 +38,7 @@ def score(workdir: Path, samples: Path | None = None) -> dict[str, dict[str, flo
     cohort = cohorts.load(config)
     schema, train, held_out = cohort.codec.schema, cohort.table, cohort.held_out
     synthetic = _read(samples or workdir / "synthetic.csv", schema)
-    strawman = realism.bootstrap(train, config.seed)
+    strawman = realism.bootstrap(train, schema, config.seed)
     found = {}
     for name, table in ((SYNTHETIC, synthetic), (FLOOR, train), (STRAWMAN, strawman)):
         found[name] = realism.realism(held_out, table, schema, seed=config.seed)

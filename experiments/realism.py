@@ -38,12 +38,12 @@ def statics(schema: Schema) -> list[str]:
     return [c.name for c in chosen if c.is_real or len(c.categories) > 1]
 
 
-def bootstrap(table: DataFrame, seed: int) -> DataFrame:
+def bootstrap(table: DataFrame, schema: Schema, seed: int) -> DataFrame:
     """Returns the strawman: the same patients and visit times, every value drawn on its own."""
     bits = np.random.default_rng(seed)
     shuffled = {
-        name: table[name].iloc[bits.integers(0, len(table), len(table))].to_numpy()
-        for name in table.columns[2:]
+        column.name: table[column.name].iloc[bits.integers(0, len(table), len(table))].array
+        for column in schema.columns
     }
     return table.assign(**shuffled)
 
