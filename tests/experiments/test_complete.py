@@ -370,7 +370,7 @@ def command(trained, monkeypatch):
     def call(*arguments):
         values = flags.FlagValues()
         complete.define_flags(values)
-        own = ["--draws=2", "--steps=3", "--solver=ddim"]
+        own = ["--draws=2", "--steps=4", "--solver=ddim"]
         values(["complete", f"--workdir={trained / 'run'}", *own, *arguments])
         monkeypatch.setattr(complete, "FLAGS", values)
         complete.main()
