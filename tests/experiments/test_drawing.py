@@ -172,7 +172,7 @@ def _batch():
         ({"labels": {"num_classes": 0}, "sample": {"label": 1}}, "trained with labels"),
         (
             {"labels": {"num_classes": 0}, "sample": {"guidance": "cfg_plus_plus"}},
-            "trained with labels",
+            "trained with conditions",
         ),
         ({"schedule": {"name": "vp_linear", "zero_terminal_snr": True}}, "for discrete schedules"),
         ({"schedule": {"name": "linear", "shift": 2.0}}, "for continuous schedules"),
