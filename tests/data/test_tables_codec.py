@@ -459,8 +459,10 @@ def test_known_static():
         codec.known_static({"age": None}, 1, 1)
     with pytest.raises(ValueError, match="'lab' is not static: the static columns are"):
         codec.known_static({"lab": 1.0}, 1, 1)
-    with pytest.raises(ValueError, match="use encode_static"):
-        fit_codec(frame, schema, static="vector").known_static({"arm": "a"}, 1, 1)
+    vector = fit_codec(frame, schema, transform="none", static="vector")
+    known, mask = vector.known_static({"age": 70.0}, 3, 4)
+    np.testing.assert_array_equal(known, np.broadcast_to([0, 0, 1], (3, 3)))
+    np.testing.assert_array_equal(mask, np.broadcast_to([False, False, True], (3, 3)))
 
 
 def test_static_vectors():
