@@ -6,6 +6,7 @@ Importing the package brings the mathematics, which needs JAX only; `jaxdiff.mod
 
 from jaxdiff import (
     base,
+    columns,
     denoisers,
     editing,
     grids,
@@ -29,6 +30,7 @@ __all__ = [
     "Node",
     "Prediction",
     "base",
+    "columns",
     "denoisers",
     "editing",
     "grids",

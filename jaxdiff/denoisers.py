@@ -107,7 +107,7 @@ def preconditioned(apply_fn: Network, schedule: Schedule, sigma_data: float = 0.
         raise ValueError(f"sigma_data must be positive, got {sigma_data}")
 
     def network(params: PyTree, x: Array, noise_level: Array, cond: PyTree, **kwargs: Any) -> Array:
-        node, log_snr = _between(schedule, noise_level)
+        node, log_snr = node_between(schedule, noise_level)
         node = node.over(x)
         c_in = jax.lax.rsqrt((sigma_data * node.alpha) ** 2 + node.sigma**2)
         return apply_fn(params, (c_in * x).astype(x.dtype), -log_snr / 8, cond, **kwargs)
@@ -115,7 +115,7 @@ def preconditioned(apply_fn: Network, schedule: Schedule, sigma_data: float = 0.
     return network
 
 
-def _between(schedule: Schedule, t: Array) -> tuple[Node, Array]:
+def node_between(schedule: Schedule, t: Array) -> tuple[Node, Array]:
     """Returns the node at any t, also between indices, and its log-SNR, kept within 100."""
     if schedule.num_steps is None:
         return schedule.at(t), jnp.clip(schedule.log_snr(t), -100, 100)

@@ -19,6 +19,7 @@ ALLOWED = {
     "process": {"base", "_checks", "rng", "schedules"},
     "predictions": {"base", "_checks"},
     "denoisers": {"base", "_checks", "rng", "schedules", "predictions"},
+    "columns": {"base", "denoisers", "predictions"},
     "guidance": {"base", "_checks", "predictions", "guidance"},
     "editing": {"base", "_checks", "rng", "process", "predictions", "sampling", "solvers"},
     "timesteps": {"base", "_checks", "rng", "process"},

@@ -1,0 +1,305 @@
+"""Columns of sequences: what each says of itself in closed form, and a network for the rest.
+
+Records of visits hold channels of two sorts: numbers, and signs (-1 or 1), of which binary
+variables, one-hot categories and indicators of missing values are made. Of clean data of one
+channel c at the L visits of a record, taken alone, the first thing to know is how it goes on from
+visit to visit. Numbers are taken as a stationary Gaussian process, signs as a two-state Markov
+chain:
+
+    x0[:, c] ~ N(m, K),  K[i, j] = k(|i - j|)                                              (1)
+    P(x0[i + 1, c] = b | x0[i, c] = a) = T[a, b],  P(x0[0, c] = a) = p[a]                  (2)
+
+Both have their denoiser in closed form. With x = alpha x0 + sigma eps, and the visits that are
+there, for numbers (Rasmussen & Williams 2006, eqs. 2.22 to 2.24)
+
+    E[x0 | x] = m + alpha K A (x - alpha m),   A = (alpha² K + sigma² 1)^-1                (3)
+    s² = sigma² diag(K A)                                                                  (4)
+
+and for signs the log-odds of 1,
+
+    l[i] = 2 alpha x[i] / sigma² + f[i] + b[i],   E[x0 | x] = tanh(l / 2)                  (5)
+
+with the messages f from the visits before and b from those after (the forward-backward algorithm,
+Rabiner 1989, section III.A, in log-odds). `corrected` leaves to a network what the columns tell of
+each other: with its output F,
+
+    numbers: x0 = E[x0 | x] + s F,    signs: x0 = tanh(l / 2 + F)                          (6)
+
+(for L = 1 the first is the skip connection of EDM, Karras et al. 2022, table 1). F = 0 are
+independent columns, each with its own distribution and persistence; what is known of small data is
+not to be learned from noise, and the denoiser of a sign, at low noise a sharp step, comes for free.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from jaxdiff.base import Array, Network, Node, PyTree, Schedule
+from jaxdiff.denoisers import node_between
+from jaxdiff.predictions import Parameterization
+
+_FLOOR = 1e-4  # of the eigenvalues of K, and 1e-2 of data in [-1, 1]
+_CLEAN = 1e-6  # the least sigma: what is clean says all of itself
+
+
+class Columns(NamedTuple):
+    """The distributions of the C channels of sequences, each alone; NumPy arrays.
+
+    Attributes:
+      signs: `(C,)` bool, which are -1 or 1; the others are numbers.
+      mean: `(C,)`, m of eq. (1); 0 of signs.
+      autocovariance: `(C, L)`, k(0) .. k(L - 1) of eq. (1); 0 of signs.
+      start: `(C,)`, p[1] of eq. (2); 0 of numbers.
+      stay: `(C, 2)`, T[0, 0] and T[1, 1] of eq. (2); 0 of numbers.
+    """
+
+    signs: np.ndarray
+    mean: np.ndarray
+    autocovariance: np.ndarray
+    start: np.ndarray
+    stay: np.ndarray
+
+
+class Alone(NamedTuple):
+    """What noisy channels say of their own clean values, `(B, L, C)` each.
+
+    Attributes:
+      x0: the expectation of clean data, eqs. (3) and (5); 0 where no visit is.
+      spread: s of eq. (4); of signs 0.
+      log_odds: l of eq. (5); of numbers 0.
+    """
+
+    x0: Array
+    spread: Array
+    log_odds: Array
+
+
+def fit(x0: ArrayLike, mask: ArrayLike, signs: ArrayLike, static: ArrayLike) -> Columns:
+    """Estimates the distributions of columns from records.
+
+    Means and shares are over all visits, autocovariances over all pairs so many visits apart (of
+    lags with fewer than 30 pairs that of the lag before is taken); half a count is added to each
+    count of signs and of their changes.
+
+    Args:
+      x0: `(N, L, C)`, clean data.
+      mask: `(N, L)` bool, where visits are, from the front on.
+      signs: `(C,)` bool, which channels are -1 or 1.
+      static: `(C,)` bool, which channels are the same at all visits of a record.
+
+    Returns:
+      The columns.
+
+    Raises:
+      ValueError: the shapes do not fit, there is no visit, visits are not at the front, or a
+        channel of signs holds something else.
+
+    Example:
+      >>> x0 = np.array([[[-1.0], [-1], [1]], [[1], [1], [0]]])
+      >>> mask = np.array([[True, True, True], [True, True, False]])
+      >>> columns = fit(x0, mask, [True], [False])
+      >>> columns.start.tolist(), columns.stay.tolist()  # (3 + 1/2) of 5 + 1 are 1
+      ([0.5833...], [[0.5, 0.75]])
+    """
+    x0, mask, signs, static = np.asarray(x0, float), *map(np.asarray, (mask, signs, static))
+    if x0.ndim != 3 or mask.shape != x0.shape[:2] or mask.dtype != bool:
+        raise ValueError(
+            f"x0 must be (N, L, C) and mask (N, L) bool, got {x0.shape} and "
+            f"{mask.dtype} {mask.shape}"
+        )
+    for name, flags in (("signs", signs), ("static", static)):
+        if flags.shape != x0.shape[2:] or flags.dtype != bool:
+            raise ValueError(
+                f"{name} must be ({x0.shape[2]},) bool, got {flags.dtype} {flags.shape}"
+            )
+    if not mask.any() or np.any(mask[:, 1:] & ~mask[:, :-1]):
+        raise ValueError("mask must have visits, in each record from the front on")
+    if not np.all(np.abs(x0[mask][:, signs]) == 1):
+        wrong = np.flatnonzero(signs)[np.any(np.abs(x0[mask][:, signs]) != 1, axis=0)]
+        raise ValueError(f"channels of signs must hold -1 and 1, and {wrong.tolist()} do not")
+    length, size = x0.shape[1:]
+    columns = Columns(
+        signs, np.zeros(size), np.zeros((size, length)), np.zeros(size), np.zeros((size, 2))
+    )
+    pairs = mask[:, 1:]
+    for c in range(size):
+        values = x0[..., c]
+        if signs[c]:
+            up = values > 0
+            # Of what never changes a record counts once.
+            seen = up[mask[:, 0], 0] if static[c] else up[mask]
+            columns.start[c] = (seen.sum() + 0.5) / (seen.size + 1)
+            before, after = up[:, :-1][pairs], up[:, 1:][pairs]
+            for state in (0, 1):
+                left = before == state
+                kept = np.sum(left & (after == state))
+                columns.stay[c, state] = (kept + 0.5) / (left.sum() + 1)
+            if static[c]:
+                columns.stay[c] = 1 - 1e-6
+        else:
+            columns.mean[c] = values[mask].mean()
+            columns.autocovariance[c] = _autocovariance(values - columns.mean[c], mask, static[c])
+    return columns
+
+
+def _autocovariance(values: np.ndarray, mask: np.ndarray, static: bool) -> np.ndarray:
+    """Returns k(0) .. k(L - 1) of values around 0, `(N, L)`."""
+    length = values.shape[1]
+    found = [np.mean(values[mask] ** 2)]
+    for lag in range(1, length):
+        pairs = mask[:, lag:]
+        enough = pairs.sum() >= 30 and not static
+        product = values[:, lag:] * values[:, :-lag]
+        found.append(product[pairs].mean() if enough else found[-1])
+    return np.array(found)
+
+
+def covariance(columns: Columns) -> np.ndarray:
+    """Returns K of eq. (1) of all numbers, `(C, L, L)`, made positive definite.
+
+    Autocovariances estimated one by one need not be those of a process: eigenvalues of K below 1e-4
+    are raised to that.
+    """
+    length = columns.autocovariance.shape[1]
+    lags = np.abs(np.arange(length)[:, None] - np.arange(length)[None])
+    values, vectors = np.linalg.eigh(columns.autocovariance[:, lags])
+    raised = np.maximum(values, _FLOOR)
+    return (vectors * raised[:, None, :]) @ np.swapaxes(vectors, 1, 2)
+
+
+def alone(columns: Columns, x: Array, node: Node, mask: Array) -> Alone:
+    """Returns what noisy channels say of their own clean values, eqs. (3) to (5).
+
+    Args:
+      columns: the distributions, of L visits or more.
+      x: noisy data `(B, L, C)`; off the mask it may be anything.
+      node: the point of the process, scalar or `(B,)` fields.
+      mask: `(B, L)`, bool or int, 1 where visits are, from the front on.
+
+    Raises:
+      ValueError: shapes do not fit.
+    """
+    size, longest = columns.autocovariance.shape
+    if x.ndim != 3 or x.shape[2] != size or x.shape[1] > longest or mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"x must be (B, L, {size}), L at most {longest}, and mask (B, L), got {x.shape} and "
+            f"{mask.shape}"
+        )
+    numbers, signs = np.flatnonzero(~columns.signs), np.flatnonzero(columns.signs)
+    there = mask.astype(bool)
+    x = jnp.where(there[..., None], x, 0)
+    node = node.over(x)
+    sigma = jnp.maximum(node.sigma, _CLEAN)
+    mean, spread = _gaussian(columns, numbers, x[..., numbers], node.alpha, sigma, there)
+    log_odds = _markov(columns, signs, x[..., signs], node.alpha, sigma, there)
+
+    def put(where: np.ndarray, values: Array) -> Array:
+        values = jnp.where(there[..., None], values, 0).astype(x.dtype)
+        return jnp.zeros_like(x).at[..., where].set(values)
+
+    x0 = put(numbers, mean) + put(signs, jnp.tanh(log_odds / 2))
+    return Alone(x0, put(numbers, spread), put(signs, log_odds))
+
+
+def _gaussian(
+    columns: Columns, which: np.ndarray, x: Array, alpha: Array, sigma: Array, there: Array
+) -> tuple[Array, Array]:
+    """Returns eqs. (3) and (4), `(B, L, numbers)`."""
+    length = x.shape[1]
+    own = jnp.asarray(covariance(columns)[which, :length, :length], x.dtype)
+    mean = jnp.asarray(columns.mean[which], x.dtype)[None, None]
+    pairs = there[:, None, :, None] & there[:, None, None, :]
+    own = jnp.where(pairs, own[None], 0)  # (B, numbers, L, L)
+    alpha, sigma = (jnp.broadcast_to(f, (x.shape[0], 1, 1))[:, None] for f in (alpha, sigma))
+    noisy = alpha**2 * own + sigma**2 * jnp.eye(length, dtype=x.dtype)[None, None]
+    factor = jax.scipy.linalg.cho_factor(noisy)
+    gain = jax.scipy.linalg.cho_solve(factor, own)  # A K, the transpose of K A
+    offset = jnp.where(there[..., None], x - alpha[:, 0] * mean, 0)
+    shift = jnp.einsum("bcij,bic->bjc", gain, offset, precision="highest")
+    variance = sigma[..., 0] ** 2 * jnp.diagonal(gain, axis1=-2, axis2=-1)
+    spread = jnp.sqrt(jnp.maximum(variance, _CLEAN**2))
+    return mean + alpha[:, 0] * shift, jnp.swapaxes(spread, 1, 2)
+
+
+def _markov(
+    columns: Columns, which: np.ndarray, x: Array, alpha: Array, sigma: Array, there: Array
+) -> Array:
+    """Returns l of eq. (5), `(B, L, signs)`."""
+    start, stay = columns.start[which], columns.stay[which]
+    log = np.log([[stay[:, 0], 1 - stay[:, 0]], [1 - stay[:, 1], stay[:, 1]]])  # of T, (2, 2, C)
+    log = jnp.asarray(log[:, :, None], x.dtype)
+    evidence = jnp.where(there[..., None], 2 * alpha * x / sigma**2, 0)
+    by_visit = jnp.swapaxes(evidence, 0, 1)
+
+    def passed(odds: Array, log: Array) -> Array:
+        """Takes the log-odds of a visit's state over to the next."""
+        up = jnp.logaddexp(log[1, 1] + odds, log[0, 1])
+        return up - jnp.logaddexp(log[1, 0] + odds, log[0, 0])
+
+    def forward(message: Array, evidence: Array) -> tuple[Array, Array]:
+        return passed(message + evidence, log), message
+
+    def backward(message: Array, evidence: Array) -> tuple[Array, Array]:
+        # The likelihood of what follows, given the state before.
+        return passed(message + evidence, jnp.swapaxes(log, 0, 1)), message
+
+    nothing = jnp.zeros_like(by_visit[0])
+    prior = nothing + jnp.asarray(np.log(start / (1 - start)), x.dtype)[None]
+    _, before = jax.lax.scan(forward, prior, by_visit)
+    # Behind a record's end there is no evidence: what comes from there is 0.
+    _, after = jax.lax.scan(backward, nothing, by_visit, reverse=True)
+    return jnp.swapaxes(by_visit + before + after, 0, 1)
+
+
+def corrected(
+    apply_fn: Network, columns: Columns, schedule: Schedule, parameterization: Parameterization
+) -> Network:
+    """Makes a network of one that says what the columns tell of each other, eq. (6).
+
+    In the place of x the network is shown what the columns say of themselves: numbers (E[x0 | x] -
+    m) / sqrt(k(0)), signs E[x0 | x].
+
+    Args:
+      apply_fn: the network to wrap, of C outputs F. Those of more outputs keep the rest as they
+        are, such as a learned variance; more inputs, such as those of self-conditioning, come
+        behind the C.
+      columns: the distributions, as `fit` gives them.
+      schedule: the schedule that turns the t that the network is told into alpha and sigma.
+      parameterization: what the output means: that of eq. (6) is converted to it, so losses and
+        `denoisers.from_network` take the network as any other.
+
+    Returns:
+      The network; it wants `cond["mask"]` `(B, L)`.
+
+    Raises:
+      ValueError: in the network, the condition has no mask, or shapes do not fit.
+    """
+    size = columns.signs.size
+    scale = np.sqrt(np.where(columns.signs, 1.0, np.maximum(columns.autocovariance[:, 0], _FLOOR)))
+    signs, mean, scale = (a[None, None] for a in (columns.signs, columns.mean, scale))
+
+    def network(params: PyTree, x: Array, noise_level: Array, cond: PyTree, **kwargs: Any) -> Array:
+        if not isinstance(cond, dict) or "mask" not in cond:
+            raise ValueError('columns want cond["mask"], (B, L): ones where all are visits')
+        node, _ = node_between(schedule, noise_level)
+        own, others = x[..., :size], x[..., size:]
+        said = alone(columns, own, node, cond["mask"])
+        there = cond["mask"].astype(bool)[..., None]
+        shown = (said.x0 - mean.astype(x.dtype)) / scale.astype(x.dtype)
+        shown = jnp.concatenate([jnp.where(there, shown, 0), others], axis=-1)
+        output = apply_fn(params, shown, noise_level, cond, **kwargs)
+        if output.shape[-1] < size:
+            raise ValueError(f"the network must have {size} outputs, got {output.shape[-1]}")
+        told = output[..., :size]
+        x0 = jnp.where(signs, jnp.tanh(said.log_odds / 2 + told), said.x0 + said.spread * told)
+        at = node.over(x)
+        eps = (own - at.alpha * x0) / jnp.maximum(at.sigma, _CLEAN)
+        converted = jnp.where(there, parameterization.target(x0, eps, node), 0)
+        return jnp.concatenate([converted.astype(output.dtype), output[..., size:]], axis=-1)
+
+    return network
