@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from jaxdiff import (
+    columns,
     data,
     denoisers,
     losses,
@@ -179,13 +180,28 @@ def make_model(config: ConfigDict, channels: int) -> UNet:
     )
 
 
-def make_network(config: ConfigDict, shape: tuple[int, ...]) -> Network:
-    """Returns the network as a function, scaled as its parameterization wants it."""
+def make_network(
+    config: ConfigDict, shape: tuple[int, ...], own: columns.Columns | None = None
+) -> Network:
+    """Returns the network as a function, scaled as its parameterization wants it.
+
+    Args:
+      config: the configuration.
+      shape: of one example.
+      own: of a table, what each column says of itself.
+
+    Raises:
+      ValueError: it is of a table, and `own` is not given.
+    """
     apply_fn = make_model(config, shape[-1]).apply
+    schedule = make_schedule(config)
     if is_table(config):
+        if own is None:
+            raise ValueError("a network of a table needs what each column says of itself")
         apply_fn = _with_context(apply_fn, shape[0])
+        return columns.corrected(apply_fn, own, schedule, make_parameterization(config))
     if config.parameterization == "edm":
-        return denoisers.preconditioned(apply_fn, make_schedule(config), config.sigma_data)
+        return denoisers.preconditioned(apply_fn, schedule, config.sigma_data)
     return apply_fn
 
 
@@ -254,8 +270,10 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation | optax.M
     return optimizer
 
 
-def make_loss(config: ConfigDict, shape: tuple[int, ...]) -> LossFn:
-    """Returns the loss function, for examples of the given shape."""
+def make_loss(
+    config: ConfigDict, shape: tuple[int, ...], own: columns.Columns | None = None
+) -> LossFn:
+    """Returns the loss function, for examples of the given shape; `own` as of `make_network`."""
     schedule = make_schedule(config)
     elbo = (schedule,) if config.weighting == "elbo" else ()
     null = null_condition(config)
@@ -263,7 +281,7 @@ def make_loss(config: ConfigDict, shape: tuple[int, ...]) -> LossFn:
     if config.weighting == "edm":
         weighting["sigma_data"] = config.sigma_data
     return losses.denoising_loss(
-        make_network(config, shape),
+        make_network(config, shape, own),
         schedule,
         make_parameterization(config),
         call("weighting", config.weighting, WEIGHTINGS, weighting, *elbo),
@@ -296,9 +314,9 @@ def make_timesteps(config: ConfigDict) -> Any:
 
 
 def make_training(
-    config: ConfigDict, shape: tuple[int, ...]
+    config: ConfigDict, shape: tuple[int, ...], own: columns.Columns | None = None
 ) -> tuple[Callable[[], TrainState], Callable[..., Any]]:
-    """Returns `init() -> state` and the pure train step, for examples of the given shape."""
+    """Returns `init() -> state` and the pure train step; `own` as of `make_network`."""
     model, optimizer, sampler = (
         make_model(config, shape[-1]),
         make_optimizer(config),
@@ -320,7 +338,7 @@ def make_training(
         return init_state(params, optimizer, history=history)
 
     step = make_train_step(
-        make_loss(config, shape),
+        make_loss(config, shape, own),
         optimizer,
         ema.warmup(config.ema_decay),
         update_history=sampler.update if loss_aware else None,

@@ -3,7 +3,8 @@
 A run on a table leaves in its directory, beside what every run leaves (`runs`):
 
 schema.json      what the columns hold; edited, it may be given to another run as data.schema
-cohort.json      the fitted codec, and how many visits each patient trained on has
+cohort.json      the fitted codec, what each column says of itself, and how many visits each patient
+                 trained on has
 synthetic.csv    the patients drawn
 
 How many visits a synthetic patient has (and what the network is told of him, if static columns are
@@ -25,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments import build, drawing, runs
-from jaxdiff import data, denoisers, editing, rng, sampling
+from jaxdiff import columns, data, denoisers, editing, rng, sampling
 from jaxdiff.base import Array, Node, PyTree
 from jaxdiff.data import tables
 
@@ -41,12 +42,14 @@ class Cohort(NamedTuple):
       held_out: the others; None if all are trained on.
       codec: fitted to those trained on.
       sequences: those trained on, encoded.
+      own: what each of their columns says of itself.
     """
 
     table: DataFrame
     held_out: DataFrame | None
     codec: tables.Codec
     sequences: tables.Sequences
+    own: columns.Columns
 
 
 class Templates(NamedTuple):
@@ -54,11 +57,13 @@ class Templates(NamedTuple):
 
     Attributes:
       codec: what decodes them.
+      own: what each column says of itself.
       lengths: `(N,)`, how many visits the patients trained on have.
       vectors: `(N, D)`, what the network is told of them, or None.
     """
 
     codec: tables.Codec
+    own: columns.Columns
     lengths: np.ndarray
     vectors: np.ndarray | None
 
@@ -121,7 +126,21 @@ def load(config: ConfigDict) -> Cohort:
     )
     levels = len(config.model.channel_multipliers)
     length = codec.padded_length(2 ** (levels - 1))
-    return Cohort(table, held_out, codec, codec.encode(table, length=length))
+    sequences = codec.encode(table, length=length)
+    return Cohort(table, held_out, codec, sequences, fit_columns(codec, sequences))
+
+
+def fit_columns(codec: tables.Codec, sequences: tables.Sequences) -> columns.Columns:
+    """Returns what each channel of encoded records says of itself."""
+    signs = [
+        channel.role in ("category", "missing")
+        or (channel.role == "value" and not codec.schema[channel.name].is_real)
+        for channel in codec.channels
+    ]
+    static = [channel.static for channel in codec.channels]
+    return columns.fit(
+        sequences.x0, sequences.observed, np.array(signs, bool), np.array(static, bool)
+    )
 
 
 def resolve(config: ConfigDict, cohort: Cohort) -> None:
@@ -154,6 +173,7 @@ def save(workdir: Path, cohort: Cohort) -> None:
         workdir / "cohort.json",
         {
             "codec": cohort.codec.to_json(),
+            "columns": {name: a.tolist() for name, a in cohort.own._asdict().items()},
             "lengths": cohort.sequences.lengths.tolist(),
             "vectors": None if vectors is None else vectors.tolist(),
         },
@@ -172,6 +192,7 @@ def load_templates(workdir: Path) -> Templates:
         vectors = saved["vectors"]
         return Templates(
             tables.Codec.from_json(saved["codec"]),
+            columns.Columns(**{name: np.array(a) for name, a in saved["columns"].items()}),
             np.array(saved["lengths"], np.int32),
             None if vectors is None else np.array(vectors, np.float32),
         )
@@ -180,19 +201,25 @@ def load_templates(workdir: Path) -> Templates:
 
 
 def make_draw(
-    config: ConfigDict, shape: tuple[int, ...], *, edits: bool = False, grid: Node | None = None
+    config: ConfigDict,
+    shape: tuple[int, ...],
+    own: columns.Columns,
+    *,
+    edits: bool = False,
+    grid: Node | None = None,
 ) -> Any:
     """Returns `draw(key, params, first_index, cond, known, known_mask) -> x0`, compiled.
 
     Args:
       config: the configuration.
       shape: of one example, `(L, C)`.
+      own: what each column says of itself.
       edits: whether `known` `(B, L, C)`, where `known_mask` is set, is kept to.
       grid: the nodes to visit; those of `config.sample` if not given.
     """
     grid = drawing.make_grid(config) if grid is None else grid
     solver = drawing.make_solver(config)
-    make = drawing.make_denoiser(config, shape)
+    make = drawing.make_denoiser(config, shape, own)
 
     def draw(
         key: Array,
@@ -280,10 +307,10 @@ def draw(
     params: PyTree,
     shape: tuple[int, ...],
     patients: Plan,
+    compiled: Any,
     *,
     first_index: int = 0,
     key: Array | None = None,
-    compiled: Any = None,
 ) -> np.ndarray:
     """Draws patients in batches of `config.sample.batch_size`.
 
@@ -292,9 +319,9 @@ def draw(
       params: the network's parameters.
       shape: of one example, `(L, C)`.
       patients: what is decided of them.
+      compiled: `make_draw(config, shape, own, edits=patients.known is not None)`.
       first_index: the number of the first.
       key: what they are drawn from; that of `config.sample.seed` if not given.
-      compiled: `make_draw(config, shape, edits=patients.known is not None)`, where it is there.
 
     Returns:
       `(N, L, C)` float32, 0 behind a patient's last visit.
@@ -303,7 +330,6 @@ def draw(
     if size < 1:
         raise ValueError(f"sample.batch_size must be at least 1, got {size}")
     edits = patients.known is not None
-    compiled = make_draw(config, shape, edits=edits) if compiled is None else compiled
     key = jax.random.key(config.sample.seed) if key is None else key
     rows = NamedSharding(build.mesh(), PartitionSpec("data"))
     divided = size % jax.device_count() == 0
@@ -356,14 +382,16 @@ def draw_table(
       first_index: the number of the first patient.
       visits: see `plan`.
       where: see `plan`.
-      compiled: see `draw`.
+      compiled: `make_draw(config, shape, templates.own, edits=where)`, if it is there.
     """
     options = config.sample
     patients = plan(
         templates, shape, num=options.num, seed=options.seed, first_index=first_index,
         visits=visits, where=where,
     )  # fmt: skip
-    x0 = draw(config, params, shape, patients, first_index=first_index, compiled=compiled)
+    edits = patients.known is not None
+    compiled = compiled or make_draw(config, shape, templates.own, edits=edits)
+    x0 = draw(config, params, shape, patients, compiled, first_index=first_index)
     return decode(templates, patients, x0, first_index)
 
 

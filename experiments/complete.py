@@ -39,7 +39,7 @@ from ml_collections import ConfigDict
 
 from experiments import build, cohorts, drawing, evaluate, hidden_values, runs, runtime, sample
 from experiments.config import default
-from jaxdiff import grids
+from jaxdiff import columns, grids
 from jaxdiff.base import PyTree
 from jaxdiff.data import tables
 
@@ -57,6 +57,7 @@ class Model(NamedTuple):
       params: the network's parameters.
       shape: of one example, `(L, C)`.
       codec: of the table.
+      own: what each column says of itself.
       resamples: how often each stretch of the way is walked.
       jump_length: the length of such a stretch, in steps; None for a fifth of all steps.
     """
@@ -65,6 +66,7 @@ class Model(NamedTuple):
     params: PyTree
     shape: tuple[int, ...]
     codec: tables.Codec
+    own: columns.Columns
     resamples: int = 2
     jump_length: int | None = None
 
@@ -122,14 +124,14 @@ def draw(
     if model.resamples > 1:
         jump_length = model.jump_length or max(1, config.sample.steps // 5)
         grid = grids.resample(grid, jump_length, model.resamples)
-    compiled = cohorts.make_draw(config, model.shape, edits=True, grid=grid)
+    compiled = cohorts.make_draw(config, model.shape, model.own, edits=True, grid=grid)
     plan = cohorts.Plan(lengths, cohorts.told(sequences.static), known, known_mask)
     key = jax.random.key(config.sample.seed)
     return np.stack(
         [
             cohorts.draw(
-                config, model.params, model.shape, plan,
-                key=jax.random.fold_in(key, number), compiled=compiled,
+                config, model.params, model.shape, plan, compiled,
+                key=jax.random.fold_in(key, number),
             )
             for number in range(num)
         ]
@@ -280,8 +282,8 @@ def main() -> None:
         if getattr(FLAGS, name) is not None:
             config.sample[name] = getattr(FLAGS, name)
     config.sample.solver_options = default().sample.solver_options  # the run's are of its own
-    codec = cohorts.load_templates(workdir).codec
-    model = Model(config, params, shape, codec, FLAGS.resamples, FLAGS.jump_length)
+    saved = cohorts.load_templates(workdir)
+    model = Model(config, params, shape, saved.codec, saved.own, FLAGS.resamples, FLAGS.jump_length)
     frame = tables.read_table(FLAGS.table) if FLAGS.table else None
     draws = FLAGS.draws or (100 if FLAGS.forecast is None else 1)
     if FLAGS.hide is not None:
@@ -301,7 +303,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if FLAGS.forecast is None:
         path, table = out / "imputed.csv", impute(model, frame, draws)
-        tables.write_table(table, path, codec.schema)
+        tables.write_table(table, path, saved.codec.schema)
         count, left = (int(each.isna().to_numpy().sum()) for each in (frame, table))
         print(f"filled in {count - left} values with the parameters of step {step}")
         if left:
@@ -310,9 +312,9 @@ def main() -> None:
         path = out / "forecast.csv"
         drawn = forecast(model, frame, FLAGS.forecast, draws)
         if len(drawn) == 1:
-            tables.write_table(drawn[0], path, codec.schema)
+            tables.write_table(drawn[0], path, saved.codec.schema)
         else:
-            write_forecasts(drawn, path, codec.schema)
+            write_forecasts(drawn, path, saved.codec.schema)
         print(f"drew {FLAGS.forecast} visits of each patient with the parameters of step {step}")
     print(f"look at {path}")
 

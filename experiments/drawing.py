@@ -22,6 +22,7 @@ from experiments.build import (
 )
 from jaxdiff import denoisers, grids, guidance, sampling, solvers
 from jaxdiff.base import Array, Denoiser, Node, PyTree, Solver
+from jaxdiff.columns import Columns
 
 GRIDS = {
     name: getattr(grids, name)
@@ -121,14 +122,16 @@ def make_solver(config: ConfigDict) -> Solver:
     return solvers.self_conditioned(solver) if config.self_condition else solver
 
 
-def make_denoiser(config: ConfigDict, shape: tuple[int, ...]) -> Callable[..., Denoiser]:
+def make_denoiser(
+    config: ConfigDict, shape: tuple[int, ...], own: Columns | None = None
+) -> Callable[..., Denoiser]:
     """Returns `(params, cond=None, weak=None) -> denoiser`, guided as `config.sample` says.
 
     `cond` is what the network is told, labels `(B,)` or a dict, and `weak` the parameters of a
-    worse network, for autoguidance.
+    worse network, for autoguidance. Of a table, `own` is what each column says of itself.
     """
     options, grid = config.sample, make_grid(config)
-    network, schedule = make_network(config, shape), make_schedule(config)
+    network, schedule = make_network(config, shape, own), make_schedule(config)
     parameterization = make_parameterization(config)
     chosen = {key: v for key, v in options.guidance_options.to_dict().items() if v is not None}
     low, high, _ = chosen.pop("low", 0.0), chosen.pop("high", np.inf), chosen.pop("weak_step", None)

@@ -151,7 +151,8 @@ def load(
         raise runs.RunError(f"{workdir} has no checkpoint yet: train it first")
     shape = runs.example_shape(workdir)
     everywhere = NamedSharding(build.mesh(), PartitionSpec())
-    init, _ = build.make_training(config, shape)
+    own = cohorts.load_templates(workdir).own if build.is_table(config) else None
+    init, _ = build.make_training(config, shape, own)
     like = build.placed(jax.eval_shape(init), everywhere)
     with checkpoints.open_folder(folder, read_only=True) as saved:
         state = checkpoints.restore(saved, like, step).state

@@ -65,8 +65,9 @@ def train(config: ConfigDict, workdir: Path, *, allow_config_change: bool = Fals
     source = cohorts.make_source(cohort) if cohort else build.make_source(config)
     shape = build.example_shape(config, source)
     batches = build.make_batches(config, source)
-    init, step_fn = build.make_training(config, shape)
-    draw = (cohorts if cohort else drawing).make_draw(config, shape)
+    own = cohort.own if cohort else None
+    init, step_fn = build.make_training(config, shape, own)
+    draw = cohorts.make_draw(config, shape, own) if cohort else drawing.make_draw(config, shape)
     like = jax.eval_shape(init)
     runs.open_workdir(workdir, config, allow_change=allow_config_change)
 

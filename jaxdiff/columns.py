@@ -1,13 +1,14 @@
 """Columns of sequences: what each says of itself in closed form, and a network for the rest.
 
 Records of visits hold channels of two sorts: numbers, and signs (-1 or 1), of which binary
-variables, one-hot categories and indicators of missing values are made. Of clean data of one
-channel c at the L visits of a record, taken alone, the first thing to know is how it goes on from
-visit to visit. Numbers are taken as a stationary Gaussian process, signs as a two-state Markov
-chain:
+variables, one-hot categories and indicators of missing values are made. Of one channel alone the
+first thing to know is its mean m and its autocovariance k(lag) over a record's visits. What has
+these and is stationary is, of numbers, a Gaussian process; of signs, for the first lag, a two-state
+Markov chain:
 
     x0[:, c] ~ N(m, K),  K[i, j] = k(|i - j|)                                              (1)
-    P(x0[i + 1, c] = b | x0[i, c] = a) = T[a, b],  P(x0[0, c] = a) = p[a]                  (2)
+    P(x0[i + 1, c] = b | x0[i, c] = a) = r 1[a = b] + (1 - r) p(b),                        (2)
+        p(1) = (1 + m) / 2,  p(-1) = (1 - m) / 2,  r = k(1) / k(0)
 
 Both have their denoiser in closed form. With x = alpha x0 + sigma eps, and the visits that are
 there, for numbers (Rasmussen & Williams 2006, eqs. 2.22 to 2.24)
@@ -45,6 +46,7 @@ from jaxdiff.predictions import Parameterization
 
 _FLOOR = 1e-4  # of the eigenvalues of K, and 1e-2 of data in [-1, 1]
 _CLEAN = 1e-6  # the least sigma: what is clean says all of itself
+_CHANGES = 1e-6  # how probable it is that what never changes does
 
 
 class Columns(NamedTuple):
@@ -52,17 +54,13 @@ class Columns(NamedTuple):
 
     Attributes:
       signs: `(C,)` bool, which are -1 or 1; the others are numbers.
-      mean: `(C,)`, m of eq. (1); 0 of signs.
-      autocovariance: `(C, L)`, k(0) .. k(L - 1) of eq. (1); 0 of signs.
-      start: `(C,)`, p[1] of eq. (2); 0 of numbers.
-      stay: `(C, 2)`, T[0, 0] and T[1, 1] of eq. (2); 0 of numbers.
+      mean: `(C,)`, m; of signs within -1 and 1, not at them.
+      autocovariance: `(C, L)`, k(0) .. k(L - 1), k(0) positive.
     """
 
     signs: np.ndarray
     mean: np.ndarray
     autocovariance: np.ndarray
-    start: np.ndarray
-    stay: np.ndarray
 
 
 class Alone(NamedTuple):
@@ -79,16 +77,17 @@ class Alone(NamedTuple):
     log_odds: Array
 
 
-def fit(x0: ArrayLike, mask: ArrayLike, signs: ArrayLike, static: ArrayLike) -> Columns:
-    """Estimates the distributions of columns from records.
+def fit(x0: ArrayLike, observed: ArrayLike, signs: ArrayLike, static: ArrayLike) -> Columns:
+    """Estimates the distributions of columns from what was observed of records.
 
-    Means and shares are over all visits, autocovariances over all pairs so many visits apart (of
-    lags with fewer than 30 pairs that of the lag before is taken); half a count is added to each
-    count of signs and of their changes.
+    Means are over all that was observed, autocovariances over all pairs of visits so far apart, as
+    if there were ten pairs more that have that of the lag before. Of what never changes a record
+    counts once, and all lags have the variance. Half a count is added to those of each sign.
 
     Args:
-      x0: `(N, L, C)`, clean data.
-      mask: `(N, L)` bool, where visits are, from the front on.
+      x0: `(N, L, C)`, clean data; anything where it was not observed.
+      observed: `(N, L, C)` bool, what was observed: not padding, nor what stands in the place of
+        missing values.
       signs: `(C,)` bool, which channels are -1 or 1.
       static: `(C,)` bool, which channels are the same at all visits of a record.
 
@@ -96,71 +95,60 @@ def fit(x0: ArrayLike, mask: ArrayLike, signs: ArrayLike, static: ArrayLike) -> 
       The columns.
 
     Raises:
-      ValueError: the shapes do not fit, there is no visit, visits are not at the front, or a
-        channel of signs holds something else.
+      ValueError: the shapes do not fit, of a channel nothing was observed, or one of signs holds
+        something else.
 
     Example:
-      >>> x0 = np.array([[[-1.0], [-1], [1]], [[1], [1], [0]]])
-      >>> mask = np.array([[True, True, True], [True, True, False]])
-      >>> columns = fit(x0, mask, [True], [False])
-      >>> columns.start.tolist(), columns.stay.tolist()  # (3 + 1/2) of 5 + 1 are 1
-      ([0.5833...], [[0.5, 0.75]])
+      >>> x0 = np.array([-1.0, -1.0, 1.0, 1.0, 1.0, 0.0]).reshape(2, 3, 1)
+      >>> fit(x0, x0 != 0, np.array([True]), np.array([False])).mean.round(3)
+      array([0.167])
     """
-    x0, mask, signs, static = np.asarray(x0, float), *map(np.asarray, (mask, signs, static))
-    if x0.ndim != 3 or mask.shape != x0.shape[:2] or mask.dtype != bool:
+    x0, observed, signs, static = np.asarray(x0, float), *map(np.asarray, (observed, signs, static))
+    if x0.ndim != 3 or observed.shape != x0.shape or observed.dtype != bool:
         raise ValueError(
-            f"x0 must be (N, L, C) and mask (N, L) bool, got {x0.shape} and "
-            f"{mask.dtype} {mask.shape}"
+            f"x0 and observed (bool) must both be (N, L, C), got {x0.shape} and "
+            f"{observed.dtype} {observed.shape}"
         )
     for name, flags in (("signs", signs), ("static", static)):
         if flags.shape != x0.shape[2:] or flags.dtype != bool:
             raise ValueError(
                 f"{name} must be ({x0.shape[2]},) bool, got {flags.dtype} {flags.shape}"
             )
-    if not mask.any() or np.any(mask[:, 1:] & ~mask[:, :-1]):
-        raise ValueError("mask must have visits, in each record from the front on")
-    if not np.all(np.abs(x0[mask][:, signs]) == 1):
-        wrong = np.flatnonzero(signs)[np.any(np.abs(x0[mask][:, signs]) != 1, axis=0)]
-        raise ValueError(f"channels of signs must hold -1 and 1, and {wrong.tolist()} do not")
+    if not (seen := observed.any(axis=(0, 1))).all():
+        raise ValueError(f"nothing was observed of channels {np.flatnonzero(~seen)}")
+    x0 = np.where(observed, x0, 0)
+    odd = signs & np.any((np.abs(x0) != 1) & observed, axis=(0, 1))
+    if odd.any():
+        raise ValueError(
+            f"channels of signs must hold -1 and 1, and channels {np.flatnonzero(odd)} do not"
+        )
     length, size = x0.shape[1:]
-    columns = Columns(
-        signs, np.zeros(size), np.zeros((size, length)), np.zeros(size), np.zeros((size, 2))
-    )
-    pairs = mask[:, 1:]
+    mean, autocovariance = np.zeros(size), np.zeros((size, length))
     for c in range(size):
-        values = x0[..., c]
-        if signs[c]:
-            up = values > 0
-            # Of what never changes a record counts once.
-            seen = up[mask[:, 0], 0] if static[c] else up[mask]
-            columns.start[c] = (seen.sum() + 0.5) / (seen.size + 1)
-            before, after = up[:, :-1][pairs], up[:, 1:][pairs]
-            for state in (0, 1):
-                left = before == state
-                kept = np.sum(left & (after == state))
-                columns.stay[c, state] = (kept + 0.5) / (left.sum() + 1)
-            if static[c]:
-                columns.stay[c] = 1 - 1e-6
-        else:
-            columns.mean[c] = values[mask].mean()
-            columns.autocovariance[c] = _autocovariance(values - columns.mean[c], mask, static[c])
-    return columns
+        values, there = x0[..., c], observed[..., c]
+        if static[c]:
+            each = there.any(axis=1)
+            values, there = np.sum(values, axis=1)[each] / np.sum(there, axis=1)[each], each[each]
+        mean[c] = np.sum(values) / (np.sum(there) + signs[c])
+        centred = np.where(there, values - mean[c], 0)
+        variance = 1 - mean[c] ** 2 if signs[c] else np.sum(centred**2) / np.sum(there)
+        variance = max(variance, _FLOOR)
+        autocovariance[c] = variance if static[c] else _lags(centred, there, variance)
+    return Columns(signs, mean, autocovariance)
 
 
-def _autocovariance(values: np.ndarray, mask: np.ndarray, static: bool) -> np.ndarray:
-    """Returns k(0) .. k(L - 1) of values around 0, `(N, L)`."""
-    length = values.shape[1]
-    found = [np.mean(values[mask] ** 2)]
+def _lags(values: np.ndarray, there: np.ndarray, variance: float) -> np.ndarray:
+    """Returns k(0) .. k(L - 1) of values around 0, `(N, L)`, 0 where they are not there."""
+    length, found = values.shape[1], [variance]
     for lag in range(1, length):
-        pairs = mask[:, lag:]
-        enough = pairs.sum() >= 30 and not static
-        product = values[:, lag:] * values[:, :-lag]
-        found.append(product[pairs].mean() if enough else found[-1])
+        pairs = np.sum(there[:, lag:] & there[:, : length - lag])
+        total = np.sum(values[:, lag:] * values[:, : length - lag])
+        found.append((total + 10 * found[-1]) / (pairs + 10))
     return np.array(found)
 
 
 def covariance(columns: Columns) -> np.ndarray:
-    """Returns K of eq. (1) of all numbers, `(C, L, L)`, made positive definite.
+    """Returns K of eq. (1), `(C, L, L)`, made positive definite.
 
     Autocovariances estimated one by one need not be those of a process: eigenvalues of K below 1e-4
     are raised to that.
@@ -230,9 +218,7 @@ def _markov(
     columns: Columns, which: np.ndarray, x: Array, alpha: Array, sigma: Array, there: Array
 ) -> Array:
     """Returns l of eq. (5), `(B, L, signs)`."""
-    start, stay = columns.start[which], columns.stay[which]
-    log = np.log([[stay[:, 0], 1 - stay[:, 0]], [1 - stay[:, 1], stay[:, 1]]])  # of T, (2, 2, C)
-    log = jnp.asarray(log[:, :, None], x.dtype)
+    start, log = (jnp.asarray(a, x.dtype) for a in _log_probabilities(columns, which))
     evidence = jnp.where(there[..., None], 2 * alpha * x / sigma**2, 0)
     by_visit = jnp.swapaxes(evidence, 0, 1)
 
@@ -249,11 +235,22 @@ def _markov(
         return passed(message + evidence, jnp.swapaxes(log, 0, 1)), message
 
     nothing = jnp.zeros_like(by_visit[0])
-    prior = nothing + jnp.asarray(np.log(start / (1 - start)), x.dtype)[None]
-    _, before = jax.lax.scan(forward, prior, by_visit)
+    _, before = jax.lax.scan(forward, nothing + start, by_visit)
     # Behind a record's end there is no evidence: what comes from there is 0.
     _, after = jax.lax.scan(backward, nothing, by_visit, reverse=True)
     return jnp.swapaxes(by_visit + before + after, 0, 1)
+
+
+def _log_probabilities(columns: Columns, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns of signs the log-odds of 1, `(1, C)`, and the log of eq. (2), `(2, 2, 1, C)`."""
+    share = np.stack([(1 - columns.mean[which]) / 2, (1 + columns.mean[which]) / 2])
+    lags = columns.autocovariance[which]
+    stays = lags[:, 1] / lags[:, 0] if lags.shape[1] > 1 else np.zeros(len(which))
+    # Signs that alternate more than their shares allow are taken to alternate as much as can be.
+    stays = np.clip(stays, -np.min(share / (1 - share), axis=0) + _CHANGES, 1 - _CHANGES)
+    same = np.eye(2)[:, :, None]
+    log = np.log(stays * same + (1 - stays) * share[None])
+    return np.log(share[1] / share[0])[None], log[:, :, None]
 
 
 def corrected(
@@ -261,8 +258,8 @@ def corrected(
 ) -> Network:
     """Makes a network of one that says what the columns tell of each other, eq. (6).
 
-    In the place of x the network is shown what the columns say of themselves: numbers (E[x0 | x] -
-    m) / sqrt(k(0)), signs E[x0 | x].
+    In the place of x the network is shown what the columns say of themselves, (E[x0 | x] - m) /
+    sqrt(k(0)).
 
     Args:
       apply_fn: the network to wrap, of C outputs F. Those of more outputs keep the rest as they
@@ -280,7 +277,7 @@ def corrected(
       ValueError: in the network, the condition has no mask, or shapes do not fit.
     """
     size = columns.signs.size
-    scale = np.sqrt(np.where(columns.signs, 1.0, np.maximum(columns.autocovariance[:, 0], _FLOOR)))
+    scale = np.sqrt(columns.autocovariance[:, 0])
     signs, mean, scale = (a[None, None] for a in (columns.signs, columns.mean, scale))
 
     def network(params: PyTree, x: Array, noise_level: Array, cond: PyTree, **kwargs: Any) -> Array:

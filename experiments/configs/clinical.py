@@ -32,11 +32,11 @@ def get_config() -> ConfigDict:
             "ema_decay": 0.999,
             "train": {
                 "batch_size": 32,
-                "num_steps": 6000,
+                "num_steps": 2500,
                 "log_every": 200,
-                "checkpoint_every": 1000,
+                "checkpoint_every": 500,
             },
-            "sample": {"num": 312, "batch_size": 104, "solver": "ddim", "steps": 100},
+            "sample": {"num": 312, "batch_size": 104, "solver": "ddpm", "steps": 100},
             "evaluate": {"target": "status", "positive": "2"},
         }
     )

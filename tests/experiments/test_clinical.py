@@ -162,7 +162,7 @@ def test_where_names_what_is_wrong(text, message):
 
 def test_lengths_are_those_of_the_data():
     """10,000 patients of a seed have the lengths of 3 templates, 1/3 each. False alarms: 1e-6."""
-    templates = cohorts.Templates(None, np.array([2, 5, 7]), None)
+    templates = cohorts.Templates(None, None, np.array([2, 5, 7]), None)
     lengths = cohorts.plan(templates, (8, 1), num=10_000, seed=3).lengths
     counts = np.array([np.sum(lengths == n) for n in (2, 5, 7)])
     assert counts.sum() == 10_000
@@ -224,10 +224,11 @@ def test_scores_of_a_run(finished, capsys):
     (record,) = evaluate_table.evaluate([finished], None)
     scores = record["scores"]
     assert scores["synthetic"].keys() >= scores["real"].keys()
-    # The patients trained on are close to those held out; noise is not.
+    # The patients trained on are close to those held out. After four steps columns are independent.
     assert scores["real"]["KS of numbers"] < 0.1 < scores["synthetic"]["KS of numbers"]
-    assert scores["synthetic"]["AUC of single visits, boosting"] > 0.9
+    assert scores["real"]["rank correlation"] < 0.1 < 0.2 < scores["synthetic"]["rank correlation"]
     assert scores["real"]["AUC of single visits, boosting"] < 0.6
+    assert scores["synthetic"]["AUC of single visits, boosting"] > 0.65
     assert scores["independent columns"]["lag-1 of numbers, mean"] > 0.3
     printed = capsys.readouterr().out
     assert re.search(r"membership AUC, patients +0\.\d{3} +0\.\d{3}\n", printed)

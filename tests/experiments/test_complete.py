@@ -68,7 +68,7 @@ def make_run(path, workdir, **data):
     cohort = cohorts.load(config)
     cohorts.resolve(config, cohort)
     shape = cohort.sequences.x0.shape[1:]
-    init, _ = build.make_training(config, shape)
+    init, _ = build.make_training(config, shape, cohort.own)
     draw = np.random.default_rng(0)
     state = jax.tree.map(
         lambda like: jnp.asarray(0.1 * draw.normal(size=like.shape), like.dtype),
@@ -100,8 +100,8 @@ def model(trained):
 def load(workdir, **changes):
     config, params, shape, _ = complete.sample.load(workdir, None, ema=True, tables_too=True)
     config.sample.update(changes)
-    codec = complete.cohorts.load_templates(workdir).codec
-    return complete.Model(config, params, shape, codec)
+    saved = complete.cohorts.load_templates(workdir)
+    return complete.Model(config, params, shape, saved.codec, saved.own)
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +349,7 @@ def test_an_exact_model_of_correlated_columns_beats_what_takes_no_model(monkeypa
     monkeypatch.setattr(drawing, "make_denoiser", lambda *args: lambda params, cond: exact)
     config = clinical.get_config()
     config.sample.update({"steps": 40, "batch_size": num})
-    model = complete.Model(config, None, (visits, 3), codec, resamples=3)
+    model = complete.Model(config, None, (visits, 3), codec, None, resamples=3)
     table = tables.check_table(table, codec.schema)
     shown, hidden = hidden_values.hide(table, codec.schema, 0.2, seed=0)
     filled = complete.impute(model, shown, 10)
@@ -370,7 +370,7 @@ def command(trained, monkeypatch):
     def call(*arguments):
         values = flags.FlagValues()
         complete.define_flags(values)
-        own = ["--draws=2", "--steps=4", "--solver=ddim"]
+        own = ["--draws=2", "--steps=4"]
         values(["complete", f"--workdir={trained / 'run'}", *own, *arguments])
         monkeypatch.setattr(complete, "FLAGS", values)
         complete.main()
