@@ -127,20 +127,9 @@ def load(config: ConfigDict) -> Cohort:
     levels = len(config.model.channel_multipliers)
     length = codec.padded_length(2 ** (levels - 1))
     sequences = codec.encode(table, length=length)
-    return Cohort(table, held_out, codec, sequences, fit_columns(codec, sequences))
-
-
-def fit_columns(codec: tables.Codec, sequences: tables.Sequences) -> columns.Columns:
-    """Returns what each channel of encoded records says of itself."""
-    signs = [
-        channel.role in ("category", "missing")
-        or (channel.role == "value" and not codec.schema[channel.name].is_real)
-        for channel in codec.channels
-    ]
-    static = [channel.static for channel in codec.channels]
-    return columns.fit(
-        sequences.x0, sequences.observed, np.array(signs, bool), np.array(static, bool)
-    )
+    static = np.array([channel.static for channel in codec.channels], bool)
+    own = columns.fit(sequences.x0, sequences.observed, codec.signs, static)
+    return Cohort(table, held_out, codec, sequences, own)
 
 
 def resolve(config: ConfigDict, cohort: Cohort) -> None:

@@ -465,6 +465,21 @@ def test_known_static():
     np.testing.assert_array_equal(mask, np.broadcast_to([False, False, True], (3, 3)))
 
 
+def test_signs_are_the_channels_that_hold_nothing_else():
+    frame, schema = small()
+    for categories in ("one_hot", "bits"):
+        codec = fit_codec(frame, schema, transform="none", categories=categories)
+        sequences = codec.encode(frame)
+        held = sequences.x0[sequences.mask], sequences.observed[sequences.mask]
+        for number, sign in enumerate(codec.signs):
+            values = held[0][:, number][held[1][:, number]]
+            channel = codec.channels[number]
+            number_of = channel.name in ("age", "lab") and channel.role == "value"
+            real = channel.role in ("gap", "start") or number_of
+            assert sign == (not real)
+            assert not sign or set(values) <= {-1, 1}
+
+
 def test_static_vectors():
     frame, schema = small()
     codec = fit_codec(frame, schema, transform="none", static="vector")

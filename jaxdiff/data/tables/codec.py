@@ -68,6 +68,18 @@ class Codec:
     static: str
     fill: str
 
+    @property
+    def signs(self) -> np.ndarray:
+        """`(C,)` bool: which channels are -1 or 1; the others are numbers."""
+        return np.array(
+            [
+                channel.role in ("category", "missing")
+                or (channel.role == "value" and not self.schema[channel.name].is_real)
+                for channel in self.channels
+            ],
+            bool,
+        )
+
     def encode(
         self, frame: DataFrame, *, length: int | None = None, unseen: str = "error"
     ) -> Sequences:
