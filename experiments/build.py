@@ -322,7 +322,7 @@ def make_training(
         make_optimizer(config),
         make_timesteps(config),
     )
-    loss_aware = isinstance(sampler, timesteps.LossAware)
+    loss_aware, skips = isinstance(sampler, timesteps.LossAware), config.train.max_skipped > 0
     # Two addresses of the run's seed: one for the parameters, one for all that training draws.
     key = jax.random.key(config.seed)
     init_key, train_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
@@ -335,13 +335,14 @@ def make_training(
         level = jax.ShapeDtypeStruct((1,), jnp.int32)
         params = model.lazy_init(init_key, example, level, *_example_condition(config, shape))
         history = sampler.init(make_schedule(config)) if loss_aware else None
-        return init_state(params, optimizer, history=history)
+        return init_state(params, optimizer, history=history, skip_nonfinite=skips)
 
     step = make_train_step(
         make_loss(config, shape, own),
         optimizer,
         ema.warmup(config.ema_decay),
         update_history=sampler.update if loss_aware else None,
+        skip_nonfinite=skips,
         key=train_key,
     )
     return init, step

@@ -100,6 +100,9 @@ def default() -> ConfigDict:
                 "log_every": 100,
                 "checkpoint_every": 1000,
                 "keep": 3,
+                # Batches with a loss or gradient that is not finite are skipped; so many in a row
+                # end the run. 0 skips none.
+                "max_skipped": 100,
                 "sample_every": 0,  # pictures on the way; 0 for none
                 "tensorboard": False,
             },

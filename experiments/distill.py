@@ -264,7 +264,11 @@ def run_rounds(
 def begin_round(config: ConfigDict, params: PyTree, step: Array) -> TrainState:
     """Returns the state of a student at the start of its round: its teacher's parameters."""
     # Copied, because the student's are given away at every step.
-    state = init_state(jax.tree.map(jnp.copy, params), build.make_optimizer(config))
+    state = init_state(
+        jax.tree.map(jnp.copy, params),
+        build.make_optimizer(config),
+        skip_nonfinite=config.train.max_skipped > 0,
+    )
     return dataclasses.replace(state, step=jnp.int32(step))
 
 
@@ -294,7 +298,13 @@ def make_step(teaching: ConfigDict, config: ConfigDict, shape: tuple[int, ...], 
             parameterization,
             weighting,
         )
-        update = make_train_step(loss_fn, optimizer, lambda n: decay(n - start), key=key)
+        update = make_train_step(
+            loss_fn,
+            optimizer,
+            lambda n: decay(n - start),
+            key=key,
+            skip_nonfinite=config.train.max_skipped > 0,
+        )
         return update(state, batch)
 
     return step

@@ -65,6 +65,8 @@ def load_config(workdir: Path, default: ConfigDict) -> ConfigDict:
         )
     try:
         saved = json.loads(path.read_text())
+        # Runs from before there was this key skip nothing, and keep no count of it.
+        saved.setdefault("train", {}).setdefault("max_skipped", 0)
         _update(default, saved)
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} is damaged, or of another version of jaxdiff: {error}") from error

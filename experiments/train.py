@@ -109,6 +109,7 @@ def check(config: ConfigDict) -> None:
         ("train", "log_every", 1),
         ("train", "checkpoint_every", 1),
         ("train", "keep", 1),
+        ("train", "max_skipped", 0),
         ("train", "sample_every", 0),
         ("optimizer", "accumulate", 1),
         ("optimizer", "warmup_steps", 0),
@@ -198,11 +199,7 @@ def loop(
             tell(bar, step, line)
             for name, value in line.items() if writer else ():
                 writer.add_scalar(name, value, step)
-            if not np.isfinite(line["loss"]):
-                raise runs.RunError(
-                    f"the loss is {line['loss']} at step {step}: lower optimizer.learning_rate, "
-                    "and start again in another --workdir"
-                )
+            check_finite(options.max_skipped, pending, line, step)
             pending, since = [], time.monotonic()
         if step % options.checkpoint_every == 0 or step == last:
             checkpoints.save(saved, state, data=batches.get_state(), config=resolved)
@@ -215,9 +212,34 @@ def loop(
 
 
 def average(pending: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
-    """Fetches the metrics of some steps and returns their means."""
+    """Fetches the metrics of some steps and returns their means, over those not skipped if any."""
     host = jax.device_get(pending)
-    return {name: float(np.mean([values[name] for values in host])) for name in host[0]}
+    columns = {name: np.array([values[name] for values in host]) for name in host[0]}
+    skipped, in_a_row = columns.pop("skipped", None), columns.pop("skipped_in_a_row", None)
+    done = slice(None) if in_a_row is None or np.all(in_a_row) else in_a_row == 0
+    line = {name: float(np.mean(values[done])) for name, values in columns.items()}
+    return line if skipped is None else line | {"skipped": int(skipped[-1])}
+
+
+def check_finite(
+    most: int, pending: Sequence[Mapping[str, jax.Array]], line: Mapping[str, float], step: int
+) -> None:
+    """Ends a run that gets nowhere.
+
+    Raises:
+      RunError: the loss is not finite, or of some `most` batches in a row that were skipped.
+    """
+    advice = "lower optimizer.learning_rate, and start again in another --workdir"
+    if most:
+        in_a_row = max(int(values["skipped_in_a_row"]) for values in pending)
+        if in_a_row >= most:
+            raise runs.RunError(
+                f"{in_a_row} batches in a row up to step {step} had a loss or gradient that is not "
+                f"finite (loss {line['loss']}; {line['skipped']} in all were skipped): the "
+                f"parameters are those before. Look at the data, or {advice}"
+            )
+    elif not np.isfinite(line["loss"]):
+        raise runs.RunError(f"the loss is {line['loss']} at step {step}: {advice}")
 
 
 def tell(bar: tqdm.tqdm, step: int, line: Mapping[str, float]) -> None:

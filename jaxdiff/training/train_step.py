@@ -37,6 +37,7 @@ class TrainState:
       ema: the average of the parameters, their structure, or None.
       history: what the loss function is to remember of past losses, or None; with
         `optax.MultiSteps` a `PendingHistory`.
+      skipped: how many batches were skipped, or None if none are to be.
     """
 
     step: Array
@@ -44,6 +45,19 @@ class TrainState:
     opt_state: Any
     ema: PyTree | None
     history: PyTree | None = None
+    skipped: Skipped | None = None
+
+
+class Skipped(NamedTuple):
+    """How many batches changed nothing, because their loss or gradient was not finite.
+
+    Attributes:
+      total: all of them, int32 `()`.
+      in_a_row: those since the last batch that was not skipped, int32 `()`.
+    """
+
+    total: Array
+    in_a_row: Array
 
 
 class PendingHistory(NamedTuple):
@@ -59,7 +73,12 @@ class PendingHistory(NamedTuple):
 
 
 def init_state(
-    params: PyTree, optimizer: Optimizer, *, ema: bool = True, history: PyTree | None = None
+    params: PyTree,
+    optimizer: Optimizer,
+    *,
+    ema: bool = True,
+    history: PyTree | None = None,
+    skip_nonfinite: bool = False,
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -68,12 +87,14 @@ def init_state(
       optimizer: the optimiser that the train step is made with.
       ema: whether to keep an average of the parameters.
       history: the empty history, if the train step is made with `update_history`.
+      skip_nonfinite: whether the train step is made so.
     """
     average = jax.tree.map(jnp.copy, params) if ema else None
     opt_state = optimizer.init(params)
     if history is not None and isinstance(opt_state, optax.MultiStepsState):
         history = PendingHistory(history, jax.tree.map(jnp.copy, history))
-    return TrainState(jnp.int32(0), params, opt_state, average, history)
+    skipped = Skipped(jnp.int32(0), jnp.int32(0)) if skip_nonfinite else None
+    return TrainState(jnp.int32(0), params, opt_state, average, history, skipped)
 
 
 def make_train_step(
@@ -84,6 +105,7 @@ def make_train_step(
     *,
     key: Array | None = None,
     update_history: UpdateHistory | None = None,
+    skip_nonfinite: bool = False,
 ) -> TrainStep:
     """Makes the train step.
 
@@ -100,16 +122,20 @@ def make_train_step(
       update_history: for a loss that depends on past losses: the step passes the state's history
         to `loss_fn` as `batch["history"]`, and then gives this function the `t` and `loss`
         `(B,)` of `aux`, of the whole batch in the order of the index.
+      skip_nonfinite: whether a batch whose loss or gradient is not finite changes nothing but
+        `state.step` and the counts in `state.skipped`; of an accumulating optimiser the next batch
+        takes its place. Nothing waits for the host, which may read the counts when it likes.
 
     Returns:
       `step(state, batch) -> (state, metrics)`: pure, not compiled; donate the state. `metrics`
-      holds `loss`, the mean over the global batch, and `grad_norm`, before clipping.
+      holds `loss`, the mean over the global batch, and `grad_norm`, before clipping; and
+      `skipped` and `skipped_in_a_row`, if batches may be.
 
     Raises:
       TypeError: `key` is not one typed key.
       ValueError: a constant decay lies outside [0, 1); in the step, the state holds no average
-        although `ema` is given, or the other way round, and so for the history; `aux` lacks what
-        `update_history` needs.
+        although `ema` is given, or the other way round, and so for the history and the counts of
+        what is skipped; `aux` lacks what `update_history` needs.
     """
     run_key = rng.check_key(jax.random.key(0) if key is None else key)
     if ema is not None:
@@ -133,6 +159,12 @@ def make_train_step(
                 f"make_train_step {'without' if update_history is None else 'with'} update_history "
                 f"does not fit a state {'without' if state.history is None else 'with'} a history: "
                 "see init_state(history=...)"
+            )
+        if skip_nonfinite != (state.skipped is not None):
+            raise ValueError(
+                f"skip_nonfinite={skip_nonfinite} in make_train_step does not fit a state "
+                f"{'without' if state.skipped is None else 'with'} counts: see "
+                "init_state(skip_nonfinite=...)"
             )
         count, microbatch = _position(state)
         if "index" not in batch:
@@ -161,7 +193,15 @@ def make_train_step(
                 seen = jax.lax.all_gather(seen, axis_name, tiled=True, to="invarying")
             history = _extend(state.history, lambda past: update_history(past, *seen), updated)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state, average, history), metrics
+        following = TrainState(state.step + 1, params, opt_state, average, history)
+        if skip_nonfinite:
+            finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+            stays = dataclasses.replace(state, step=state.step + 1, skipped=None)
+            total, in_a_row = state.skipped
+            skipped = Skipped(total + ~finite, jnp.where(finite, 0, in_a_row + 1))
+            following = dataclasses.replace(_where(finite, following, stays), skipped=skipped)
+            metrics |= {"skipped": skipped.total, "skipped_in_a_row": skipped.in_a_row}
+        return following, metrics
 
     return step
 

@@ -13,7 +13,7 @@ pytest.importorskip("pandas")
 
 import pandas as pd
 
-from experiments import cohorts, evaluate_table, realism, runs, sample, train
+from experiments import build, cohorts, evaluate_table, realism, runs, sample, train
 from experiments.config import default
 from experiments.configs import clinical
 from jaxdiff.data import tables
@@ -158,6 +158,11 @@ def test_a_cohort_by_static_columns_and_length(finished):
 def test_where_names_what_is_wrong(text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         cohorts.parse_where([text], tables.pbc()[1])
+
+
+def test_a_network_wants_what_each_column_says_of_itself():
+    with pytest.raises(ValueError, match="needs what each column says of itself"):
+        build.make_network(tiny(), (16, 31))
 
 
 def test_lengths_are_those_of_the_data():

@@ -297,6 +297,56 @@ def test_a_folder_without_a_run_is_named(tmp_path):
         sample.load(tmp_path, None, ema=True)
 
 
+class Broken:
+    """Batches, of which some hold what is not a number."""
+
+    def __init__(self, batches, numbers):
+        self.batches, self.numbers, self.number = batches, numbers, 0
+
+    def __next__(self):
+        batch, self.number = next(self.batches), self.number + 1
+        return {**batch, "x0": batch["x0"] * (np.nan if self.number in self.numbers else 1)}
+
+    def __getattr__(self, name):
+        return getattr(self.batches, name)
+
+
+def test_batches_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
+    make = build.make_batches
+    monkeypatch.setattr(build, "make_batches", lambda *args: Broken(make(*args), {2, 3, 5}))
+    state = train.train(tiny(), tmp_path / "run")
+    assert int(state.step) == 6
+    assert int(state.skipped.total) == 3
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.ema)))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [1, 2, 3]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_many_in_a_row_end_the_run_and_lose_nothing(tmp_path, monkeypatch):
+    make = build.make_batches
+    monkeypatch.setattr(build, "make_batches", lambda *args: Broken(make(*args), {2, 3, 4, 5}))
+    config = tiny()
+    config.train.max_skipped = 3
+    with pytest.raises(runs.RunError, match=r"3 batches in a row up to step 4 .*3 in all"):
+        train.train(config, tmp_path / "run")
+    monkeypatch.setattr(build, "make_batches", make)
+    state = train.train(config, tmp_path / "run")  # from step 2
+    assert (int(state.step), int(state.skipped.total)) == (6, 1)
+
+
+def test_a_run_from_before_batches_were_skipped_is_read(tmp_path):
+    config = tiny()
+    config.train.max_skipped = 0
+    train.train(config, tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    saved = json.loads(path.read_text())
+    del saved["train"]["max_skipped"]
+    path.write_text(json.dumps(saved))
+    config, _, _, step = sample.load(tmp_path / "run", None, ema=True)
+    assert (config.train.max_skipped, step) == (0, 6)
+
+
 def test_a_half_written_line_of_metrics_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')

@@ -1,5 +1,6 @@
 """The train step: the same numbers however it is run."""
 
+import dataclasses
 import functools
 
 import jax
@@ -226,6 +227,85 @@ def test_bad_arguments_are_refused():
         make_train_step(loss_fn, optimizer)(init_state(PARAMS, optimizer), batch)
     with pytest.raises(ValueError, match="does not fit a state without an average"):
         make_train_step(loss_fn, optimizer, 0.9)(init_state(PARAMS, optimizer, ema=False), batch)
+
+
+def skipping(optimizer, **options):
+    loss_fn = losses.denoising_loss(linear_network, SCHEDULE, predictions.eps)
+    step = make_train_step(loss_fn, optimizer, 0.9, skip_nonfinite=True, **options)
+    return init_state(PARAMS, optimizer, skip_nonfinite=True), jax.jit(step)
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_skipped_and_counted(devices, bad):
+    rows = NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("data",)), PartitionSpec("data"))
+    state, step = skipping(optax.adam(3e-3))
+    state, metrics = step(state, {"x0": jax.device_put(DATA[0], rows)})
+    assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (0, 0)
+    broken = DATA[1].copy()
+    broken[BATCH - 1, 0, 0, 0] = bad  # of one device
+    for count in (1, 2, 3):
+        after, metrics = step(state, {"x0": jax.device_put(broken, rows)})
+        assert not np.isfinite(metrics["loss"])
+        assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (count, count)
+        for part in ("params", "opt_state", "ema"):
+            assert same(getattr(after, part), getattr(state, part))
+        assert int(after.step) == int(state.step) + 1
+        state = after
+    after, metrics = step(state, {"x0": jax.device_put(DATA[1], rows)})
+    assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (3, 0)
+    # It goes on as if there had been nothing but the later step.
+    loss_fn = losses.denoising_loss(linear_network, SCHEDULE, predictions.eps)
+    plain = jax.jit(make_train_step(loss_fn, optax.adam(3e-3), 0.9))
+    want, _ = plain(dataclasses.replace(state, skipped=None), {"x0": jnp.asarray(DATA[1])})
+    assert not same(after.params, state.params)
+    for part in ("params", "opt_state", "ema"):
+        for a, b in zip(*(jax.tree.leaves(getattr(s, part)) for s in (after, want)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_in_the_place_of_a_skipped_microbatch_comes_the_next():
+    ends = []
+    for batches in ([0, 1, 2, 3], [0, None, 1, 2, None, None, 3]):
+        state, step = skipping(optax.MultiSteps(optax.adam(3e-3), 2))
+        for number in batches:
+            x0 = np.full_like(DATA[0], np.nan) if number is None else DATA[number]
+            state, _ = step(state, {"x0": jnp.asarray(x0)})
+        ends.append(state)
+    assert same(ends[0].params, ends[1].params)
+    assert same(ends[0].ema, ends[1].ema)
+    assert int(ends[1].skipped.total) == 3
+
+
+def test_a_history_learns_nothing_of_what_is_skipped():
+    sampler = timesteps.loss_aware()
+    loss_fn = losses.denoising_loss(linear_network, SCHEDULE, predictions.eps, timesteps=sampler)
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(
+        loss_fn, optimizer, 0.9, update_history=sampler.update, skip_nonfinite=True
+    )
+    state = init_state(PARAMS, optimizer, history=sampler.init(SCHEDULE), skip_nonfinite=True)
+    after, _ = jax.jit(step)(state, {"x0": jnp.full_like(DATA[0], jnp.nan)})
+    assert same(after.history, state.history)
+    after, _ = jax.jit(step)(state, {"x0": jnp.asarray(DATA[0])})
+    assert not same(after.history, state.history)
+
+
+def test_a_state_without_counts_is_refused():
+    loss_fn = losses.denoising_loss(linear_network, SCHEDULE, predictions.eps)
+    optimizer, batch = optax.sgd(0.1), {"x0": jnp.asarray(DATA[0])}
+    with pytest.raises(ValueError, match=r"skip_nonfinite=True.* a state without counts"):
+        make_train_step(loss_fn, optimizer, 0.9, skip_nonfinite=True)(
+            init_state(PARAMS, optimizer), batch
+        )
+    with pytest.raises(ValueError, match=r"skip_nonfinite=False.* a state with counts"):
+        make_train_step(loss_fn, optimizer, 0.9)(
+            init_state(PARAMS, optimizer, skip_nonfinite=True), batch
+        )
 
 
 def features(x, noise_level):
