@@ -154,9 +154,11 @@ def restore(checkpoints: Checkpointer, like: TrainState, step: int | None = None
 def _fields(state: TrainState) -> dict[str, Any]:
     """Returns what is saved of a state, by name.
 
-    No history is no entry, so that checkpoints from before there was one are read as well.
+    No history and no counts are no entries, so that checkpoints from before there were such are read
+    as well.
     """
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    if fields["history"] is None:
-        del fields["history"]
+    for name in ("history", "skipped"):
+        if fields[name] is None:
+            del fields[name]
     return fields

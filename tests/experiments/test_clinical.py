@@ -23,7 +23,7 @@ def tiny(**changes):
     config = clinical.get_config()
     config.update(
         {
-            "model": {"channels": 8, "channel_multipliers": (1, 2), "attention_levels": ()},
+            "model": {"channels": 8, "channel_multipliers": (1,), "attention_levels": ()},
             "optimizer": {"warmup_steps": 2},
             "train": {"batch_size": 8, "num_steps": 4, "log_every": 2, "checkpoint_every": 2},
             "sample": {"num": 11, "batch_size": 8, "steps": 3},
