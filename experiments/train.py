@@ -199,7 +199,7 @@ def loop(
             tell(bar, step, line)
             for name, value in line.items() if writer else ():
                 writer.add_scalar(name, value, step)
-            check_finite(options.max_skipped, pending, line, step)
+            check_finite(options.max_skipped, line, step)
             pending, since = [], time.monotonic()
         if step % options.checkpoint_every == 0 or step == last:
             checkpoints.save(saved, state, data=batches.get_state(), config=resolved)
@@ -214,16 +214,15 @@ def loop(
 def average(pending: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
     """Fetches the metrics of some steps and returns their means, over those not skipped if any."""
     host = jax.device_get(pending)
-    columns = {name: np.array([values[name] for values in host]) for name in host[0]}
-    skipped, in_a_row = columns.pop("skipped", None), columns.pop("skipped_in_a_row", None)
-    done = slice(None) if in_a_row is None or np.all(in_a_row) else in_a_row == 0
-    line = {name: float(np.mean(values[done])) for name, values in columns.items()}
-    return line if skipped is None else line | {"skipped": int(skipped[-1])}
+    series = {name: np.array([values[name] for values in host]) for name in host[0]}
+    counts = {name: series.pop(name) for name in ("skipped", "skipped_in_a_row") if name in series}
+    done = counts.get("skipped_in_a_row", np.zeros(len(host))) == 0
+    done |= not done.any()
+    line = {name: float(np.mean(values[done])) for name, values in series.items()}
+    return line | {name: int(np.max(values)) for name, values in counts.items()}
 
 
-def check_finite(
-    most: int, pending: Sequence[Mapping[str, jax.Array]], line: Mapping[str, float], step: int
-) -> None:
+def check_finite(most: int, line: Mapping[str, float], step: int) -> None:
     """Ends a run that gets nowhere.
 
     Raises:
@@ -231,7 +230,7 @@ def check_finite(
     """
     advice = "lower optimizer.learning_rate, and start again in another --workdir"
     if most:
-        in_a_row = max(int(values["skipped_in_a_row"]) for values in pending)
+        in_a_row = line["skipped_in_a_row"]
         if in_a_row >= most:
             raise runs.RunError(
                 f"{in_a_row} batches in a row up to step {step} had a loss or gradient that is not "

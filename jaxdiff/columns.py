@@ -44,7 +44,7 @@ from jaxdiff.base import Array, Network, Node, PyTree, Schedule
 from jaxdiff.denoisers import node_between
 from jaxdiff.predictions import Parameterization
 
-_FLOOR = 1e-4  # of the eigenvalues of K, and 1e-2 of data in [-1, 1]
+_FLOOR = 1e-4  # the least variance, of data in [-1, 1], and the least eigenvalue of K
 _CLEAN = 1e-6  # the least sigma: what is clean says all of itself
 _CHANGES = 1e-6  # how probable it is that what never changes does
 

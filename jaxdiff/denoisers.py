@@ -116,7 +116,11 @@ def preconditioned(apply_fn: Network, schedule: Schedule, sigma_data: float = 0.
 
 
 def node_between(schedule: Schedule, t: Array) -> tuple[Node, Array]:
-    """Returns the node at any t, also between indices, and its log-SNR, kept within 100."""
+    """Returns the node at any t `(B,)`, also between indices, and its log-SNR, kept within 100.
+
+    Between the indices of a discrete schedule the log-SNR is interpolated, as `schedule.time` does
+    it.
+    """
     if schedule.num_steps is None:
         return schedule.at(t), jnp.clip(schedule.log_snr(t), -100, 100)
     indices = jnp.arange(schedule.num_steps)

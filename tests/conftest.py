@@ -23,5 +23,5 @@ settings.load_profile("jaxdiff")
 
 @pytest.fixture(scope="module", autouse=True)
 def _keys_are_used_once(request):
-    """Checks keys, which doubles the time to compile; experiments add no keys to the library's."""
+    """Checks keys in the library's tests; some of experiments would take nearly twice as long."""
     jax.config.update("jax_debug_key_reuse", "experiments" not in request.path.parts)

@@ -47,7 +47,7 @@ def noisy(t, seed=0):
 
 
 def enumerated(x, n, alpha, sigma, start, stay):
-    """Returns E[x0 | x] and log-odds of a chain of signs, over all its 2^n paths."""
+    """Returns E[x0 | x] of a chain of signs, over all its 2^n paths."""
     weights, paths = [], list(itertools.product([0, 1], repeat=n))
     for path in paths:
         p = start if path[0] else 1 - start
