@@ -7,6 +7,8 @@ in an order and with augmentations that depend on the seed alone.
     batches = make_pipeline(source, batch_size=128, seed=0)
     batch = next(batches)                                  # {"x0": (128, 8, 8, 1), "cond": (128,)}
 
+A small data set can reside on the device instead, with the same batches: `resident`.
+
 Tables of visits, such as clinical records, become sequences and are drawn as tables again:
 `jaxdiff.data.tables`.
 
@@ -17,6 +19,7 @@ this package itself: `pip install "jaxdiff[data]"` brings them.
 from jaxdiff.data import digits, sources, tables
 from jaxdiff.data.folders import from_folder
 from jaxdiff.data.pipeline import make_pipeline
+from jaxdiff.data.resident import resident
 from jaxdiff.data.sources import Source, from_arrays, from_sequences, in_memory
 from jaxdiff.data.tfds_source import from_tfds
 
@@ -29,6 +32,7 @@ __all__ = [
     "from_tfds",
     "in_memory",
     "make_pipeline",
+    "resident",
     "sources",
     "tables",
 ]

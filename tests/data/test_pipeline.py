@@ -103,6 +103,30 @@ def test_volumes_are_batched_padded_and_flipped_along_their_width():
         assert (got == volume).all() or (got == volume[:, :, ::-1]).all()
 
 
+@pytest.mark.parametrize(
+    ("shape", "pad_to", "shrink"),
+    [((6, 4, 3), None, 2), ((5, 3, 1), 6, 3), ((12, 12, 1), None, 6), ((4, 2, 6, 2), None, 2)],
+)
+def test_small_images_are_rounded_means_of_padded_ones(shape, pad_to, shrink):
+    source = numbered(30, shape)
+    options = {"batch_size": 30, "seed": 0, "flip": True, "pad_to": pad_to}
+    (large,) = take(make_pipeline(source, **options), 1)
+    (small,) = take(make_pipeline(source, shrink=shrink, **options), 1)
+    pixels = np.rint((large["x0"].astype(np.float64) + 1) * 127.5)
+    for axis in range(1, len(shape)):  # a mean of means of blocks of one size is their mean
+        halves = np.split(pixels, pixels.shape[axis] // shrink, axis)
+        pixels = np.concatenate([half.mean(axis, keepdims=True) for half in halves], axis)
+    assert (small["x0"].shape == np.array(pixels.shape)).all()
+    exact = np.round(np.round(pixels, 9)) / 127.5 - 1  # np.round: a half to the even neighbour
+    np.testing.assert_allclose(small["x0"], exact, rtol=0, atol=1e-7)
+    np.testing.assert_array_equal(small["cond"], large["cond"])
+    (noisy,) = take(make_pipeline(source, shrink=shrink, dequantize=True, **options), 1)
+    noise = (noisy["x0"].astype(np.float64) + 1) * 128 - np.rint((small["x0"] + 1.0) * 127.5)
+    assert noise.min() >= 0
+    assert noise.max() <= 1  # one level of the small image
+    assert noise.std() == pytest.approx(12**-0.5, rel=0.1)
+
+
 # Order
 
 
@@ -275,6 +299,9 @@ def test_a_run_resumes_with_another_number_of_processes():
         ({"process_index": 2, "process_count": 2}, r"process_index must be in 0 .. 1 .*got 2"),
         ({"batch_size": 5, "process_count": 2}, "a multiple of process_count=2, got 5"),
         ({"batch_size": 11, "num_epochs": 2}, "2 epochs of 5 examples do not fill one batch of 11"),
+        ({"shrink": 0}, "shrink must be at least 1, got 0"),
+        ({"shrink": 2}, r"shrink must divide the images' size \(2, 3\), got 2: pad them"),
+        ({"shrink": 3, "pad_to": 4}, r"shrink must divide the images' size \(4, 4\), got 3"),
         ({"pad_to": 2}, r"pad_to must be at least the images' size \(2, 3\), got 2"),
     ],
 )
@@ -290,6 +317,10 @@ def test_sources_are_checked():
         make_pipeline([{"image": np.zeros((2, 2, 1), np.float32)}], batch_size=1, seed=0)
     with pytest.raises(ValueError, match=r"image 0 must be uint8 .* got uint8 of shape \(4,\)"):
         make_pipeline([{"image": np.zeros(4, np.uint8)}], batch_size=1, seed=0)
+    sequences = sources.from_sequences(np.zeros((2, 4, 2)), np.ones((2, 4), bool))
+    for options in ({"shrink": 2}, {"flip": True}, {"pad_to": 8}, {"dequantize": True}):
+        with pytest.raises(ValueError, match="are for images, and the source has sequences"):
+            make_pipeline(sequences, batch_size=1, seed=0, **options)
     mixed = [{"image": np.zeros((2, width, 1), np.uint8)} for width in (3, 4)]
     for batch_size in (1, 2):
         iterator = make_pipeline(mixed, batch_size=batch_size, seed=0, shuffle=False)
