@@ -1,5 +1,6 @@
 """Losses, one value per example, their weightings, and the terms of the variational bound."""
 
+from jaxdiff.losses._masks import masked_mean
 from jaxdiff.losses.consistency import (
     consistency_denoiser,
     consistency_distillation,
@@ -9,8 +10,9 @@ from jaxdiff.losses.consistency import (
     pseudo_huber,
     squared,
 )
-from jaxdiff.losses.denoising import denoising_loss, masked_mean
+from jaxdiff.losses.denoising import denoising_loss
 from jaxdiff.losses.distillation import progressive_distillation, two_step_target
+from jaxdiff.losses.multiscale import multiscale_mean_square
 from jaxdiff.losses.variational import (
     bound_term,
     discretized_log_likelihood,
@@ -50,6 +52,7 @@ __all__ = [
     "lognormal_steps",
     "masked_mean",
     "min_snr",
+    "multiscale_mean_square",
     "node_before",
     "p2",
     "prior_term",

@@ -18,13 +18,16 @@ What may be added to it:
 
     loss_i += lambda * T * L_t / log 2                                                     (2)
 
+- Errors at lower resolutions (Hoogeboom et al. 2023), so that a large image's fine details do not
+  outweigh the rest: `jaxdiff.losses.multiscale`.
+
 What is drawn for an example depends on the key and its index alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +37,8 @@ from jaxdiff import rng
 from jaxdiff import timesteps as timesteps_lib
 from jaxdiff._checks import check_float
 from jaxdiff.base import Array, Batch, LossFn, Network, Prediction, PyTree, Schedule
-from jaxdiff.losses._masks import fill_masked, masked_mean
+from jaxdiff.losses._masks import fill_masked
+from jaxdiff.losses.multiscale import check_scales, multiscale_mean_square
 from jaxdiff.losses.variational import bound_term, first_variance, node_before
 from jaxdiff.losses.weightings import Weighting, unit
 from jaxdiff.predictions import Parameterization, check_signal, split_variance
@@ -54,6 +58,7 @@ def denoising_loss(
     offset_noise: float = 0.0,
     self_condition: bool = False,
     vlb_weight: float | None = None,
+    scales: Sequence[int] = (),
 ) -> LossFn:
     """Makes the loss of a denoising network, eq. (1).
 
@@ -74,6 +79,10 @@ def denoising_loss(
         `concat([x, x0_prev], -1)`. Costs a second evaluation.
       vlb_weight: lambda of eq. (2), 0.001 in the paper, or None for no learned variance. The output
         then has 2C channels (`predictions.split_variance`).
+      scales: the sides of the blocks whose mean errors count besides, such as `(1, 2, 4)`, which
+        must divide the data's spatial sizes: the mean of eq. (1) then becomes eq. (2) of
+        `jaxdiff.losses.multiscale`. Leaves the learned variance alone. () and (1,) are the plain
+        loss.
 
     Returns:
       `loss_fn(params, key, batch) -> (per_example, aux)`. `batch` holds `x0` `(B, *spatial, C)` and
@@ -86,10 +95,11 @@ def denoising_loss(
       ValueError: the schedule ends at zero signal-to-noise ratio and the parameterization says
         nothing about clean data there; an option is out of range; there is no `null_cond` to drop
         to; a learned variance is asked for on a continuous schedule. In the loss: `batch` lacks
-        what an option needs, or conditions or output channels do not fit.
+        what an option needs, or conditions, output channels or scales do not fit.
     """
     check_signal(parameterization, schedule.ends_at_zero_snr)
     _check_options(schedule, cond_dropout, null_cond, offset_noise, vlb_weight)
+    check_scales(scales)
 
     def loss_fn(params: PyTree, key: Array, batch: Batch) -> tuple[Array, Mapping[str, Any]]:
         mask = batch.get("mask")
@@ -119,7 +129,7 @@ def denoising_loss(
             inputs = jnp.concatenate([x, x0_prev], axis=-1)
         output, fraction = network(inputs, rng.stream(keys, rng.Stream.DROPOUT))
         error = output - parameterization.target(x0, eps, node)
-        loss = weighting(parameterization, node) * masked_mean(jnp.square(error), mask)
+        loss = weighting(parameterization, node) * multiscale_mean_square(error, scales, mask)
         if vlb_weight is not None:
             mean = jax.lax.stop_gradient(parameterization.x0(output.astype(x.dtype), x, node))
             loss += (vlb_weight * schedule.num_steps / math.log(2)) * bound_term(
