@@ -139,14 +139,17 @@ def test_every_parameterization_sees_the_same_emphasis():
 def test_the_exact_denoiser_is_still_the_best():
     exact = denoisers.gaussian(np.zeros((2, 2, 1)), 0.5)
     coarse, fine = jnp.ones((1, 2, 2, 1)), jnp.asarray([[1.0, -1], [-1, 1]])[None, ..., None]
-    x0 = exact.sample(jax.random.key(0), 4096)
+
+    def apply_fn(shift, x, noise_level, cond):
+        return exact.denoiser(x, SCHEDULE.at(noise_level)).x0 + shift
+
+    loss = jax.jit(losses.denoising_loss(apply_fn, SCHEDULE, predictions.x0, scales=(1, 2)))
+    batch = {"x0": exact.sample(jax.random.key(0), 4096)}
     for pattern in (coarse, fine):
-
-        def apply_fn(shift, x, noise_level, cond, pattern=pattern):
-            return exact.denoiser(x, SCHEDULE.at(noise_level)).x0 + shift * pattern
-
-        loss = jax.jit(losses.denoising_loss(apply_fn, SCHEDULE, predictions.x0, scales=(1, 2)))
-        value = [float(loss(s, jax.random.key(1), {"x0": x0})[0].mean()) for s in (-0.1, 0.0, 0.1)]
+        value = [
+            float(loss(shift * pattern, jax.random.key(1), batch)[0].mean())
+            for shift in (-0.1, 0.0, 0.1)
+        ]
         assert value[1] < min(value[0], value[2])
 
 
