@@ -154,11 +154,11 @@ def restore(checkpoints: Checkpointer, like: TrainState, step: int | None = None
 def _fields(state: TrainState) -> dict[str, Any]:
     """Returns what is saved of a state, by name.
 
-    No history and no counts are no entries, so that checkpoints from before there were such are
-    read as well.
+    No history, no counts and no further averages are no entries, so that checkpoints from before
+    there were such are read as well.
     """
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    for name in ("history", "skipped"):
+    for name in ("history", "skipped", "averages"):
         if fields[name] is None:
             del fields[name]
     return fields
