@@ -149,8 +149,9 @@ def make_train_step(
 
     Returns:
       `step(state, batch) -> (state, metrics)`: pure, not compiled; donate the state. `metrics`
-      holds `loss`, the mean over the global batch, and `grad_norm`, before clipping; `skipped` and
-      `skipped_in_a_row`, if batches may be; and what `watch` returns.
+      holds `loss`, the mean over the global batch; `grad_norm`, before clipping; `param_norm`, of
+      the parameters returned; `skipped` and `skipped_in_a_row`, if batches may be; and what `watch`
+      returns.
 
     Raises:
       TypeError: `key` is not one typed key.
@@ -244,6 +245,7 @@ def make_train_step(
             skipped = Skipped(total + ~finite, jnp.where(finite, 0, in_a_row + 1))
             following = dataclasses.replace(_where(finite, following, stays), skipped=skipped)
             metrics |= {"skipped": skipped.total, "skipped_in_a_row": skipped.in_a_row}
+        metrics["param_norm"] = optax.tree.norm(following.params)
         if metrics.keys() & watched.keys():
             raise ValueError(
                 f"watch must use other names than {sorted(metrics)}, got {sorted(watched)}"

@@ -113,7 +113,7 @@ def test_the_history_is_that_of_the_definition(reference):
         full.append(bool(is_full))
         state, metrics = step(state, {"x0": jnp.asarray(x0)})
         np.testing.assert_allclose(metrics["loss"], weighted.mean(), rtol=1e-5)
-        assert set(metrics) == {"loss", "grad_norm"}
+        assert set(metrics) == {"loss", "grad_norm", "param_norm"}
         np.testing.assert_array_equal(state.history.counts, history.counts)
         np.testing.assert_allclose(state.history.losses, history.losses, rtol=1e-5)
     assert not full[0]  # some steps with the empty history, some with the full one

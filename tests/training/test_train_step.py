@@ -308,6 +308,48 @@ def test_a_state_without_counts_is_refused():
         )
 
 
+def test_further_averages_follow_their_own_recursions():
+    averages = {"fast": 0.5, "power": ema.power(0.1)}
+    loss_fn = losses.denoising_loss(linear_network, SCHEDULE, predictions.eps)
+    ends = []
+    for optimizer in (optax.sgd(0.1), optax.MultiSteps(optax.sgd(0.1), 2)):
+        state = init_state(PARAMS, optimizer, averages=averages)
+        step = jax.jit(make_train_step(loss_fn, optimizer, 0.9, averages=averages))
+        expected = {name: np.float64(PARAMS["w"]) for name in ("fast", "power", "ema")}
+        updates = 0
+        for x0 in DATA:
+            before = state
+            state, metrics = step(state, {"x0": jnp.asarray(x0)})
+            leaves = [np.float64(leaf).ravel() for leaf in jax.tree.leaves(state.params)]
+            norm = np.linalg.norm(np.concatenate(leaves))
+            np.testing.assert_allclose(metrics["param_norm"], norm, rtol=1e-6)
+            if int(state.step) % (1 + len(ends)):
+                assert same(state.averages, before.averages)  # no update yet
+                continue
+            updates += 1
+            decays = {"fast": 0.5, "power": (1 - 1 / updates) ** (6.9372 + 1), "ema": 0.9}
+            for name, d in decays.items():
+                expected[name] = d * expected[name] + (1 - d) * np.float64(state.params["w"])
+        got = {name: tree["w"] for name, tree in state.averages.items()} | {"ema": state.ema["w"]}
+        for name, value in expected.items():
+            np.testing.assert_allclose(got[name], value, rtol=1e-5)
+        ends.append(updates)
+    assert ends == [10, 5]
+
+
+def test_averages_that_do_not_fit_are_refused():
+    loss_fn = losses.denoising_loss(linear_network, SCHEDULE, predictions.eps)
+    optimizer, batch = optax.sgd(0.1), {"x0": jnp.asarray(DATA[0])}
+    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\)"):
+        make_train_step(loss_fn, optimizer, averages={"a": 1.0})
+    assert init_state(PARAMS, optimizer).averages is None
+    for names, decays in ((["a"], None), ([], {"a": 0.5}), (["a"], {"b": 0.5})):
+        state = init_state(PARAMS, optimizer, averages=names, ema=False)
+        step = make_train_step(loss_fn, optimizer, averages=decays)
+        with pytest.raises(ValueError, match=r"averages=.* do not fit a state with"):
+            step(state, batch)
+
+
 def features(x, noise_level):
     level = jnp.broadcast_to(noise_level.astype(x.dtype)[:, None] / 100, (x.shape[0], 1))
     return jnp.concatenate([x.reshape(x.shape[0], -1), level], axis=1)
