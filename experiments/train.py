@@ -152,7 +152,7 @@ def resume(
     """Returns the state to go on from and its step, and sets the data to where it stood."""
     if saved.latest is None:
         return jax.jit(init, out_shardings=sharding)(), 0
-    restored = checkpoints.restore(saved, build.placed(like, sharding))
+    restored = checkpoints.restore_newest(saved, build.placed(like, sharding))
     batches.set_state(restored.data)
     step = int(restored.state.step)
     print(f"resumed from the checkpoint of step {step}", flush=True)
