@@ -231,9 +231,7 @@ def save(
     save_tree(checkpoints, int(state.step), _fields(state), metadata)
 
 
-def save_tree(
-    checkpoints: Checkpointer, step: int, tree: Any, metadata: Mapping[str, Any]
-) -> None:
+def save_tree(checkpoints: Checkpointer, step: int, tree: Any, metadata: Mapping[str, Any]) -> None:
     """Saves arrays and what belongs to them as the checkpoint of a step, in the background.
 
     The arrays are copied before this returns, so they may be donated at once. A save still under

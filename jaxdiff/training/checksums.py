@@ -3,7 +3,7 @@
 Example:
   >>> import jax.numpy as jnp
   >>> of_tree({"a": jnp.arange(3.0), "b": {"c": jnp.zeros(2, jnp.bfloat16)}})
-  {'a': 'float32 adb7de0b', 'b/c': 'bfloat16 00000000'}
+  {'a': 'float32 fc942b3e', 'b/c': 'bfloat16 e5c3b270'}
 """
 
 from __future__ import annotations

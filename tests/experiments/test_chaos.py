@@ -1,6 +1,8 @@
-"""A run that is killed five times ends with the parameters of one that is not."""
+"""A run that is killed five times, and whose checkpoints are damaged, ends as one that is not."""
 
+import collections
 import importlib.util
+import random
 from pathlib import Path
 
 import pytest
@@ -12,16 +14,19 @@ spec = importlib.util.spec_from_file_location("chaos", Path(__file__).with_name(
 chaos = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(chaos)
 
-SMALL = [
-    "--config.model.channels=8", "--config.model.channel_multipliers=(1,)",
-    "--config.train.batch_size=8", "--config.train.num_steps=3000",
-    "--config.train.checkpoint_every=50", "--config.train.sample_every=500",
-    "--config.train.log_every=50", "--config.sample.num=20",
-]  # fmt: skip
-
 
 @pytest.mark.slow
-def test_five_kills_change_nothing(tmp_path):
-    reference = chaos.finish(tmp_path / "reference", SMALL)
-    assert chaos.finish(tmp_path / "again", SMALL) == reference
-    assert chaos.disturbed(tmp_path / "killed", SMALL, 5, 15.0, seed=0) == reference
+def test_five_kills_and_damage_change_nothing(tmp_path):
+    reference = chaos.finish(tmp_path / "reference", chaos.SMALL)
+    assert chaos.finish(tmp_path / "again", chaos.SMALL) == reference
+    tally, rng = collections.Counter(), random.Random(0)
+    killed = tmp_path / "killed"
+    assert chaos.disturbed(killed, chaos.SMALL, 5, 15.0, rng, tally) == reference
+    # And once more, where it is known what is damaged and that it matters.
+    last, older = chaos.steps(killed)[-1], chaos.steps(killed)[-2]
+    for path in (killed / "checkpoints" / str(last)).glob("state/d/*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert chaos.finish(killed, chaos.SMALL, tally) == reference
+    assert f"resumed from the checkpoint of step {older}" in Path(f"{killed}.log").read_text()
+    assert (killed / "checkpoints" / f"{last}.damaged").is_dir()
+    assert chaos.steps(killed)[-1] == last

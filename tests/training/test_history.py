@@ -193,7 +193,7 @@ def test_a_checkpoint_from_before_there_was_a_history_comes_back(tmp_path):
         old = StateBefore(jnp.int32(number), state.params, state.opt_state, state.ema)
         with checkpoints.open_folder(tmp_path) as saved:
             metadata = {"data": {"next_index": 5}, "config": {}}
-            saved.save_checkpointables(number, {"state": old}, custom_metadata=metadata)
+            saved.orbax.save_checkpointables(number, {"state": old}, custom_metadata=metadata)
             restored = checkpoints.restore(saved, init_state(PARAMS, optimizer, ema=average))
         assert restored.state.history is None
         assert restored.data == {"next_index": 5}
