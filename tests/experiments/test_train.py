@@ -166,15 +166,14 @@ def test_another_configuration_is_refused_unless_told(finished, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # of what Orbax leaves behind when it fails
-def test_a_truncated_checkpoint_is_an_error_never_a_fresh_start(finished, tmp_path):
+def test_a_truncated_checkpoint_is_moved_aside_and_the_one_before_taken(finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     (file,) = (tmp_path / "checkpoints/6/state/d").iterdir()
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(checkpoints.CheckpointError, match=r"step 4, delete that folder"):
+    with pytest.warns(checkpoints.CheckpointWarning, match=r"going back to step 4"):
         train.train(tiny(), tmp_path)
-    shutil.rmtree(tmp_path / "checkpoints/6")
-    train.train(tiny(), tmp_path)
     assert sha256(tmp_path) == sha256(finished)
+    assert (tmp_path / "checkpoints/6.damaged").is_dir()
 
 
 @pytest.mark.parametrize(
