@@ -33,7 +33,7 @@ BEGAN = "parameters, from step"  # is said when the state is there and training 
 SMALL = [
     "--config.model.channels=8", "--config.model.channel_multipliers=(1,)",
     "--config.train.batch_size=8", "--config.train.num_steps=3000",
-    "--config.train.checkpoint_every=50", "--config.train.sample_every=500",
+    "--config.train.checkpoint_every=150", "--config.train.sample_every=500",
     "--config.train.log_every=50", "--config.sample.num=20",
 ]  # fmt: skip
 
@@ -119,9 +119,7 @@ def damage(workdir, rng):
 def disturbed(workdir, arguments, kills, longest, rng, tally, share=0.5):
     """Runs with `kills` SIGKILLs, the sooner the more; returns the hash.
 
-    `longest` is how many seconds a single one may take to come, about the length of a run.
-
-    Before a `share` of the restarts the newest checkpoint is damaged, if there is another.
+    `longest` is how many seconds a single one may take to come, about the length of a run. Before a `share` of the restarts the newest checkpoint is damaged, if there is another.
     """
     damaged = False
     for _ in range(kills):
