@@ -119,7 +119,8 @@ def damage(workdir, rng):
 def disturbed(workdir, arguments, kills, longest, rng, tally, share=0.5):
     """Runs with `kills` SIGKILLs, the sooner the more; returns the hash.
 
-    `longest` is how many seconds a single one may take to come, about the length of a run. Before a `share` of the restarts the newest checkpoint is damaged, if there is another.
+    `longest` is how many seconds a single one may take to come, about the length of a run. Before
+    a `share` of the restarts the newest checkpoint is damaged, if there is another.
     """
     damaged = False
     for _ in range(kills):

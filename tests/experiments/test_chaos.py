@@ -25,7 +25,7 @@ def test_five_kills_and_damage_change_nothing(tmp_path):
     # And once more, where it is known what is damaged and that it matters.
     last, older = chaos.steps(killed)[-1], chaos.steps(killed)[-2]
     for path in (killed / "checkpoints" / str(last)).glob("state/d/*"):
-        path.write_bytes(path.read_bytes()[:-1])
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert chaos.finish(killed, chaos.SMALL, tally) == reference
     assert f"resumed from the checkpoint of step {older}" in Path(f"{killed}.log").read_text()
     assert (killed / "checkpoints" / f"{last}.damaged").is_dir()
