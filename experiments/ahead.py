@@ -17,14 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from experiments import build, chips, drawing, runs, runtime
+from experiments import build, chips, drawing, runtime
 from experiments.config import default
 from jaxdiff.base import PyTree
+from jaxdiff.training import TrainState, sharding
 
 COLLECTIVES = (
     "all-gather",
@@ -58,75 +58,88 @@ def devices_of(topology: chips.Topology) -> Sequence[Any]:
 
 
 def measure(config: ConfigDict, topology: chips.Topology, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Compiles the train step and the sampler, and returns what they need.
+    """Compiles the train step of each stage, and the sampler, and returns what they need.
 
     Args:
       config: the configuration, of images.
       topology: the devices.
-      shape: of one example, `(*spatial, C)`.
+      shape: of one example, `(*spatial, C)`, before data.shrink.
 
     Returns:
-      What JSON holds: "parameters", "mesh", "state" and "batch" (bytes of each device),
-      "state_by_fsdp", and of "train" and "sample" what `costs` returns, or, where the program does
-      not fit a TPU, "out_of_memory" with what the compiler says.
+      What JSON holds: "parameters", "device_kind", "mesh", "state" (bytes of each device, by part),
+      "state_by_fsdp" (the same of all of it, for each way to choose mesh.fsdp), "stages", a list of
+      "shape", "batch_size", "num_steps", "batch" (bytes of each device) and "train", and "sample".
+      The last two are what `compiled_costs` returns.
     """
     devices = devices_of(topology)
-    mesh = make_mesh(config, devices)
-    init, step = build.make_training(config, shape)
-    like = jax.eval_shape(init)
-    rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    state = placed(like, shardings(mesh, like))
-    batch = abstract_batch(config, shape, rows)
-    found: dict[str, Any] = {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(like.params)),
-        "device_kind": devices[0].device_kind,
-        "mesh": dict(mesh.shape),
-        "state": state_bytes(state),
-        "state_by_fsdp": {},
-        "batch": bytes_per_device(batch),
-    }
+    mesh = build.make_mesh(config, devices)
     where = f"{len(devices)} x {devices[0].device_kind}"
-    options = runtime.compiler_options() if topology.kind == "cpu" else None
-    step = jax.jit(step, donate_argnums=0, compiler_options=options)
-    found["train"] = compiled_costs(f"the train step for {where}", step, state, batch)
-    if "out_of_memory" in found["train"]:
-        # Of the whole program, before it is divided and fused: its bytes would mean nothing.
-        flops = step.lower(like, jax.tree.map(bare, batch)).cost_analysis()["flops"]
-        found["train"]["flops"] = flops / len(devices)
+    found: dict[str, Any] = {"device_kind": devices[0].device_kind, "mesh": dict(mesh.shape)}
+    stages, begun = [], 0
+    for stage, last in build.stages(config):
+        shrunk = (*(side // stage.data.shrink for side in shape[:-1]), shape[-1])
+        init, step = build.make_training(stage, shrunk, None, mesh)
+        like, batch = jax.eval_shape(init), abstract_batch(stage, shrunk)
+        places = sharding.fully_sharded(mesh, like)
+        compiled_step = jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(places, sharding.everywhere(mesh)),
+            compiler_options=runtime.compiler_options() if topology.kind == "cpu" else None,
+        )
+        state = sharding.placed(like, places)
+        rows = sharding.placed(batch, sharding.rows(mesh))
+        stages.append(
+            {
+                "shape": list(shrunk),
+                "batch_size": stage.train.batch_size,
+                "num_steps": last - begun,
+                "batch": bytes_per_device(rows),
+                "train": compiled_costs(
+                    f"the train step for {where}",
+                    compiled_step,
+                    build.make_training(stage, shrunk)[1],
+                    (state, rows),
+                    passes=stage.train.microbatches,
+                ),
+            }
+        )
+        begun = last
+    found |= {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(like.params)),
+        "state": state_bytes(state),
+        "state_by_fsdp": state_by_fsdp(like, devices),
+        "stages": stages,
+    }
     if config.sample.num:
-        draw = drawing.make_draw(config, shape).__wrapped__
-        whole = config.sample.batch_size % len(devices) == 0
-        draw = jax.jit(draw, out_shardings=rows if whole else None)
-        found["sample"] = compiled_costs(f"the sampler for {where}", draw, state.ema, 0)
-        found["sample"]["steps"] = drawing.make_grid(config).sigma.shape[0] - 1
+        found["sample"] = compiled_costs(
+            f"the sampler for {where}",
+            *samplers(stage, shrunk, mesh),
+            (state.ema, 0),
+            passes=drawing.make_grid(stage).sigma.shape[0] - 1,
+        )
     return found
 
 
-def make_mesh(config: ConfigDict, devices: Sequence[Any]) -> Mesh:
-    return Mesh(np.array(devices), ("data",))
-
-
-def shardings(mesh: Mesh, like: PyTree) -> PyTree:
-    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), like)
-
-
-def placed(like: PyTree, shardings: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like, shardings
+def samplers(config: ConfigDict, shape: tuple[int, ...], mesh: Mesh) -> tuple[Any, Any]:
+    """Returns the sampler of `drawing.make_draw`, to be compiled for a mesh, and not compiled."""
+    alone = config.copy_and_resolve_references()
+    alone.mesh.data, alone.mesh.fsdp = -1, 1
+    draw = drawing.make_draw(alone, shape).__wrapped__
+    divides = config.sample.batch_size % mesh.size == 0
+    compiled = jax.jit(
+        lambda params, first_index: draw(sharding.gathered(mesh, params), first_index),
+        out_shardings=sharding.rows(mesh) if divides else sharding.everywhere(mesh),
     )
+    return compiled, draw
 
 
-def bare(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Returns shape and type without the sharding."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
-def abstract_batch(config: ConfigDict, shape: tuple[int, ...], rows: NamedSharding) -> PyTree:
+def abstract_batch(config: ConfigDict, shape: tuple[int, ...]) -> PyTree:
     """Returns shapes and types of a batch of images, as the train step is given them."""
     size = config.train.batch_size
-    batch = {"x0": jax.ShapeDtypeStruct((size, *shape), jnp.float32, sharding=rows)}
+    batch = {"x0": jax.ShapeDtypeStruct((size, *shape), jnp.float32)}
     if config.labels.num_classes:
-        batch["cond"] = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows)
+        batch["cond"] = jax.ShapeDtypeStruct((size,), jnp.int32)
     return batch
 
 
@@ -138,41 +151,83 @@ def bytes_per_device(tree: PyTree) -> int:
     )
 
 
-def state_bytes(state: PyTree) -> dict[str, int]:
+def state_bytes(state: TrainState) -> dict[str, int]:
     """Returns the bytes on each device of the parts of the training state."""
-    parts = {"parameters": state.params, "optimiser": state.opt_state, "EMA": state.ema}
+    parts = {
+        "parameters": state.params,
+        "optimiser": state.opt_state,
+        "averages": (state.ema, state.averages),
+    }
     found = {name: bytes_per_device(part) for name, part in parts.items()}
-    return found | {"other": bytes_per_device(state) - sum(found.values())}
+    return found | {"counts": bytes_per_device(state) - sum(found.values())}
 
 
-def compiled_costs(what: str, function: Any, *args: PyTree) -> dict[str, Any]:
-    """Compiles a function for its abstract arguments, and returns what it costs or why it can't."""
+def state_by_fsdp(like: PyTree, devices: Sequence[Any]) -> dict[str, int]:
+    """Returns the bytes of the state on each device, for each way to choose mesh.fsdp."""
+    found = {}
+    for fsdp in range(1, len(devices) + 1):
+        if len(devices) % fsdp == 0:
+            mesh = sharding.make_mesh(fsdp=fsdp, devices=devices)
+            state = sharding.placed(like, sharding.fully_sharded(mesh, like))
+            found[str(fsdp)] = bytes_per_device(state)
+    return found
+
+
+def compiled_costs(
+    what: str, function: Any, plain: Any, args: tuple[Any, ...], passes: int
+) -> dict[str, Any]:
+    """Compiles a function for its abstract arguments, and returns what it costs.
+
+    Args:
+      what: what it is, to be told.
+      function: from `jax.jit`.
+      plain: the same function, not compiled, that knows of no devices.
+      args: with shardings.
+      passes: as of `costs`.
+
+    Returns:
+      What `costs` returns; or, of a program that the compiler refuses because it does not fit, what
+      it says, "refused", the bytes that it "needed", if it says so, and "flops".
+    """
     print(f"plan: compiling {what}", flush=True)
     start = time.perf_counter()
+    lowered = function.lower(*args)
     try:
-        compiled = function.lower(*args).compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {"out_of_memory": out_of_memory(str(error))}
-    seconds = time.perf_counter() - start
-    print(f"plan: compiled {what} in {seconds:.0f} s", flush=True)
-    return {**costs(compiled), "compile_seconds": seconds}
+        # Of the whole program, before it is divided and fused: its bytes would mean nothing.
+        whole = jax.jit(plain).lower(*jax.tree.map(_unplaced, args)).cost_analysis()
+        parts = jax.tree.leaves(args)[0].sharding.num_devices
+        return {**out_of_memory(str(error)), "flops": passes * whole["flops"] / parts}
+    print(f"plan: compiled {what} in {time.perf_counter() - start:.0f} s", flush=True)
+    return costs(compiled, passes)
 
 
-def costs(compiled: jax.stages.Compiled) -> dict[str, float]:
+def _unplaced(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "sharding") else leaf
+
+
+def costs(compiled: jax.stages.Compiled, passes: int = 1) -> dict[str, float]:
     """Returns what a compiled program costs on each device.
 
-    "flops" and "bytes" (read from and written to memory, as the compiler counts them) are of one
-    pass through the program: what stands in a loop is counted once. "arguments", "outputs",
-    "aliased" (outputs that take the place of arguments), "temporaries" and "program" are bytes of
-    memory; "between_devices" are bytes of the results of collectives.
+    Args:
+      compiled: the program.
+      passes: how often the loop that is most of it goes around: the compiler counts what stands in
+        a loop once.
+
+    Returns:
+      "flops" and "bytes", read from and written to memory as the compiler counts them, times
+      `passes`; "between_devices", bytes of the results of collectives; and "arguments", "outputs",
+      "aliased" (outputs that take the place of arguments), "temporaries" and "program", bytes of
+      memory.
     """
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     return {
-        "flops": cost["flops"],
-        "bytes": cost["bytes accessed"],
-        "between_devices": collective_bytes(compiled.as_text()),
+        "flops": passes * cost["flops"],
+        "bytes": passes * cost["bytes accessed"],
+        "between_devices": collective_bytes(compiled.as_text(), passes),
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
@@ -181,23 +236,31 @@ def costs(compiled: jax.stages.Compiled) -> dict[str, float]:
     }
 
 
-def collective_bytes(text: str) -> int:
+def collective_bytes(text: str, passes: int = 1) -> int:
     """Returns the bytes of the results of all collectives in the text of a compiled program.
 
-    An operation that is started and awaited, or stands in several fusions, is counted once, by its
-    channel.
+    Those in a loop, or in what it calls, count `passes` times. One that is started and awaited, or
+    stands in several fusions, counts once, by its channel.
     """
-    found: dict[str, int] = {}
-    names = "|".join(COLLECTIVES)
-    operation = re.compile(rf"= (.*?) (?:{names})(-start)?\(.*?(?:channel_id=(\d+)|$)", re.MULTILINE)
-    for number, match in enumerate(operation.finditer(text)):
-        shapes, started, channel = match.groups()
-        sizes = [_bytes(*shape) for shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)]
-        # The result of one that is started may hold its operands, too.
-        size = max(sizes, default=0) if started else sum(sizes)
-        name = channel or f"operation {number}"
-        found[name] = max(found.get(name, 0), size)
-    return sum(found.values())
+    parts = re.findall(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{\n((?:.*\n)*?)\}", text, re.MULTILINE)
+    bodies = dict(parts)
+    looped, found = set(), set(re.findall(r"\bbody=%?([\w.-]+)", text))
+    while found:
+        looped |= found
+        called = {name for body in found for name in re.findall(r"%([\w.-]+)", bodies[body])}
+        found = (called & bodies.keys()) - looped
+    total, names, counted = 0, "|".join(COLLECTIVES), set()
+    for name, body in bodies.items():
+        for shapes, started, rest in re.findall(rf"= (.*?) (?:{names})(-start)?\((.*)", body):
+            channel = re.search(r"channel_id=(\d+)", rest)
+            if channel and channel[1] in counted:
+                continue
+            counted |= {channel[1]} if channel else set()
+            sizes = [_bytes(*shape) for shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)]
+            # The result of one that is started may hold its operands, too.
+            size = max(sizes, default=0) if started else sum(sizes)
+            total += size * (passes if name in looped else 1)
+    return total
 
 
 def _bytes(dtype: str, sides: str) -> int:
@@ -206,26 +269,27 @@ def _bytes(dtype: str, sides: str) -> int:
 
 
 def out_of_memory(message: str) -> dict[str, Any]:
-    """Returns the first line of what the compiler says, and the bytes it names as needed."""
-    line = message.strip().splitlines()[0]
-    found = re.search(r"Used ([\d.]+)([KMGT])|\(([\d.]+)([KMGT])\) exceeds", message)
+    """Returns what a compiler says of a program that does not fit: its words, and bytes."""
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT])", message)
     needed = None
     if found:
         number, unit = (group for group in found.groups() if group)
         needed = float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]
-    return {"message": line.removeprefix("RESOURCE_EXHAUSTED: "), "bytes": needed}
+    first = message.strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+    return {"refused": first, "needed": needed}
 
 
 def main(folder: Path) -> None:
-    """Reads `config.json` and `request.json` of a folder, and writes `result.json` there."""
+    """Reads `request.json` of a folder, and writes `result.json` there."""
     jax.config.update("jax_enable_compilation_cache", False)  # not for devices that are not there
     request = json.loads((folder / "request.json").read_text())
+    config = default()
+    config.update(request["config"])
     try:
-        config = runs.load_config(folder, default())
         found = measure(config, chips.parse(request["topology"]), tuple(request["shape"]))
-    except runtime.MENDABLE as error:
+    except (TypeError, ValueError) as error:
         found = {"error": str(error)}
-    runs.write_json(folder / "result.json", found)
+    (folder / "result.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ The real train step and sampler are compiled ahead of time. For TPUs that needs 
 from __future__ import annotations
 
 import importlib.util
-import math
+import json
 import os
 import re
 import subprocess
@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import build, chips, runs, runtime
+from experiments import build, chips, estimate, runs, runtime
 
 FLAGS = flags.FLAGS
 SHAPES = {
@@ -79,20 +79,22 @@ def check(config: ConfigDict, topology: chips.Topology) -> None:
 
     Raises:
       ImportError: libtpu is needed and not installed.
-      ValueError: the batch can't be divided among the devices.
+      ValueError: a batch can't be divided among the devices.
     """
     if topology.kind == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise ImportError(
-            'to compile for TPUs takes libtpu: pip install "jaxdiff[plan]", or plan for gpu: or '
-            "cpu: devices"
+            'to compile for TPUs takes libtpu: pip install "jaxdiff[plan]"; or plan for GPUs or '
+            "CPUs"
         )
-    size = config.train.batch_size
-    if size % topology.devices:
-        raise ValueError(
-            f"train.batch_size is that of all devices together and must be a multiple of their "
-            f"number, {topology.devices}, got {size}: try --config.train.batch_size="
-            f"{-(-size // topology.devices) * topology.devices}"
-        )
+    parts = topology.devices * config.train.microbatches
+    for stage, _ in build.stages(config):
+        size = stage.train.batch_size
+        if size % parts:
+            raise ValueError(
+                f"train.batch_size is that of all devices together and must be a multiple of their "
+                f"number, {topology.devices}, times train.microbatches="
+                f"{config.train.microbatches}, got {size}: try {-(-size // parts) * parts}"
+            )
 
 
 def measure(config: ConfigDict, topology: str, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -109,17 +111,19 @@ def measure(config: ConfigDict, topology: str, shape: tuple[int, ...]) -> dict[s
         JAX_PLATFORMS="cpu",
         TPU_SKIP_MDS_QUERY="1",  # nobody to ask which TPU this is
         TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # nor one to be held by one process alone
         # The number of stand-ins is the topology's.
         XLA_FLAGS=re.sub(
             r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")
         ),
     )
-    with tempfile.TemporaryDirectory(prefix="jaxdiff-plan-") as name, tempfile.TemporaryFile(
-        "w+"
-    ) as noise:
+    with (
+        tempfile.TemporaryDirectory(prefix="jaxdiff-plan-") as name,
+        tempfile.TemporaryFile("w+") as noise,
+    ):
         folder = Path(name)
-        runs.write_json(folder / "config.json", runs.as_json(config))
-        runs.write_json(folder / "request.json", {"topology": topology, "shape": list(shape)})
+        request = {"config": runs.as_json(config), "topology": topology, "shape": shape}
+        (folder / "request.json").write_text(json.dumps(request))
         command = [sys.executable, "-m", "experiments.ahead", name]
         with subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=noise, text=True
@@ -137,152 +141,118 @@ def measure(config: ConfigDict, topology: str, shape: tuple[int, ...]) -> dict[s
             noise.seek(0)
             tail = "".join(noise.readlines()[-15:])
             raise runs.RunError(f"compiling for {topology} failed with status {status}:\n{tail}")
-        found = runs.read_json(folder / "result.json")
+        found = json.loads((folder / "result.json").read_text())
     if "error" in found:
         raise ValueError(found["error"])
     return found
 
 
-def usable_memory(topology: chips.Topology) -> float | None:
-    """Returns the bytes that a program may use of a device's memory, or None for CPUs."""
-    if topology.chip is None:
-        return None
-    if topology.kind == "gpu":  # JAX takes this part of it on starting
-        return topology.chip.memory * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
-    return topology.chip.memory
-
-
-def roofline(costs: Mapping[str, float], chip: chips.Chip, dtype: str) -> tuple[float, str]:
-    """Returns the least time of a program on a device, seconds, and what bounds it.
-
-    The longer of its arithmetic at the peak rate and its reading and writing of memory at the full
-    bandwidth (Williams, Waterman & Patterson 2009).
-    """
-    arithmetic = costs["flops"] / (chip.float32 if dtype == "float32" else chip.bfloat16)
-    moving = costs.get("bytes", 0) / chip.bandwidth
-    return max(arithmetic, moving), "arithmetic" if arithmetic >= moving else "memory"
-
-
-def assess(config: ConfigDict, topology: chips.Topology, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what follows from the figures: memory needed, whether it fits, times at best.
-
-    Args:
-      config: the configuration.
-      topology: the devices.
-      found: what `measure` returns.
-
-    Returns:
-      "needed" and "needed_sampling", bytes on each device, "usable", "fits" (None for CPUs) and
-      "try", advice; and, but for CPUs, "step_seconds", "run_hours", "sample_seconds" (of
-      `sample.num`) with "step_bound" and "sample_bound".
-    """
-    train, sample = found["train"], found.get("sample")
-    state = sum(found["state"].values())
-    usable = usable_memory(topology)
-    result: dict[str, Any] = {"usable": usable, "fits": None, "try": []}
-    if "out_of_memory" in train:
-        result["needed"] = train["out_of_memory"]["bytes"]
-    else:
-        result["needed"] = _total(train)
-    if sample:
-        # The state stays where it is while pictures are drawn.
-        there = train.get("arguments", state + found["batch"])
-        if "out_of_memory" in sample:
-            result["needed_sampling"] = sample["out_of_memory"]["bytes"]
-        else:
-            result["needed_sampling"] = there + _total(sample) - sample["arguments"]
-    if usable is not None:
-        refused = [name for name in ("train", "sample") if "out_of_memory" in found.get(name, {})]
-        needs = (result["needed"] or 0, result.get("needed_sampling") or 0)
-        result["fits"] = not refused and max(needs) <= usable
-        if not result["fits"]:
-            result["try"] = list(advice(config, topology, found, result))
-    if topology.chip is not None:
-        times = _times(config, topology.chip, found)
-        result |= times
-    return result
-
-
-def _total(costs: Mapping[str, float]) -> float:
-    """Returns the bytes of memory that a device needs to run a program."""
-    return (
-        costs["arguments"]
-        + costs["outputs"]
-        - costs["aliased"]
-        + costs["temporaries"]
-        + costs["program"]
-    )
-
-
-def _times(config: ConfigDict, chip: chips.Chip, found: Mapping[str, Any]) -> dict[str, Any]:
-    dtype, train, sample = config.model.dtype, found["train"], found.get("sample")
-    seconds, bound = roofline(train, chip, dtype)
-    # The compiler counts what stands in a loop once: here microbatches, and a sampler's steps.
-    seconds *= found.get("microbatches", 1)
-    result = {
-        "step_seconds": seconds,
-        "step_bound": bound,
-        "run_hours": seconds * config.train.num_steps / 3600,
-    }
-    if sample and "out_of_memory" not in sample:
-        seconds, bound = roofline(sample, chip, dtype)
-        batches = math.ceil(config.sample.num / config.sample.batch_size)
-        result |= {"sample_seconds": seconds * sample["steps"] * batches, "sample_bound": bound}
-    return result
-
-
-def advice(
+def lines(
     config: ConfigDict,
     topology: chips.Topology,
     found: Mapping[str, Any],
     result: Mapping[str, Any],
 ) -> Iterator[str]:
-    """Yields what to try where a run does not fit, what helps by itself first."""
-    usable, state = result["usable"], sum(found["state"].values())
-    needed = result["needed"]
-    if needed is not None and needed <= usable and "out_of_memory" not in found["train"]:
-        free = usable - found["train"]["arguments"]
-        drawing = (result["needed_sampling"] or math.inf) - found["train"]["arguments"]
-        size = int(config.sample.batch_size * free / drawing)
-        size -= size % topology.devices if size > topology.devices else 0
-        yield f"--config.sample.batch_size={max(1, size)}, as training alone fits"
-        return
-    rest = None if needed is None else max(0, needed - state)
-    by_fsdp = {int(key): value for key, value in found["state_by_fsdp"].items()}
-    least = min(by_fsdp.values(), default=state)
-    enough = [f for f in sorted(by_fsdp) if rest is not None and by_fsdp[f] + rest <= usable]
-    fsdp = enough[0] if enough else min(by_fsdp, key=lambda f: (by_fsdp[f], f), default=1)
-    if by_fsdp.get(fsdp, state) < state:
-        share = f"the state is then {size_text(by_fsdp[fsdp])} on a chip, and not"
-        yield f"--config.mesh.fsdp={fsdp}: {share} {size_text(state)}"
-    if enough:
-        return
-    if not config.model.remat:
-        yield "--config.model.remat=True: activations are computed anew on the way back"
-    local = config.train.batch_size // topology.devices
-    parts = next(
-        (k for k in _divisors(local)[1:] if rest is not None and rest / k <= usable - least), None
-    )
-    if parts:
+    """Yields what is printed of `ahead.measure`'s figures and `estimate.assess`'s."""
+    mesh = ", ".join(f"{name}={size}" for name, size in found["mesh"].items())
+    yield f"{config.name}: {found['parameters']:,} parameters, {config.model.dtype}"
+    yield f"{topology.devices} devices, {topology.name}; mesh {mesh}"
+    if topology.name in chips.TWO_DEVICES_A_CHIP:
+        yield "A chip of this kind is two devices: all figures are of half a chip."
+    if topology.kind == "gpu":
         yield (
-            f"--config.train.microbatches={parts}: temporaries are then about {size_text(rest / parts)}"
+            "Compiled for as many CPU devices: temporaries, and what is read and written, are as "
+            "the CPU's compiler\nlays them out, and will differ. Of the memory counts what JAX "
+            "takes (XLA_PYTHON_CLIENT_MEM_FRACTION)."
         )
-    elif local > 1:
-        yield f"--config.train.batch_size={topology.devices}, one example on a chip"
-    if least >= usable:
-        yield f"more chips, or larger ones: the state alone takes {size_text(least)} on each"
+    yield from ("", "memory of a device")
+    yield from memory_lines(found, result)
+    for i, stage in enumerate(found["stages"]):
+        yield from ("", f"a step on {stage['batch_size']} x {_shape(stage)}, on each device")
+        time = result["steps"][i] if topology.chip else None
+        yield from _costs(stage["train"], time)
+        if time:
+            whole = f"{estimate.in_time(time['whole'])} for {stage['num_steps']:,} steps"
+            yield _row("at best", f"{estimate.in_units(1 / time['seconds'], 'steps/s')}, {whole}")
+    if "sample" in found:
+        yield from ("", f"drawing {config.sample.batch_size} samples, on each device")
+        time = result["drawing"] if topology.chip else None
+        yield from _costs(found["sample"], time)
+        if time:
+            yield _row("at best", f"{estimate.in_time(time['whole'])} for {config.sample.num:,}")
+    yield ""
+    if topology.chip:
+        peak = topology.chip.float32 if config.model.dtype == "float32" else topology.chip.bfloat16
+        yield (
+            f"At best means at {estimate.in_units(peak, 'FLOP/s')} and "
+            f"{estimate.in_units(topology.chip.bandwidth, 'B/s')}, the one or the other, all the "
+            "time. No real program is as fast."
+        )
+    if result["fits"]:
+        yield f"It fits; training takes {estimate.in_time(result['whole'])} at best."
+    elif result["fits"] is False:
+        yield "It does not fit. Try"
+        yield from (f"  {each}" for each in result["try"])
 
 
-def _divisors(number: int) -> list[int]:
-    return [k for k in range(1, number + 1) if number % k == 0]
+def memory_lines(found: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is printed of memory."""
+    for name, size in found["state"].items():
+        yield _row(name, estimate.in_bytes(size))
+    for stage in found["stages"]:
+        train = stage["train"]
+        of = f", {_shape(stage)}" if len(found["stages"]) > 1 else ""
+        yield _row("batch" + of, estimate.in_bytes(stage["batch"]))
+        if "refused" in train:
+            yield _row("the compiler says" + of, train["refused"])
+        else:
+            yield _row("temporaries" + of, estimate.in_bytes(train["temporaries"]))
+            yield _row("the program" + of, estimate.in_bytes(train["program"]))
+    whole = "" if result["usable"] is None else f" of {estimate.in_bytes(result['usable'])}"
+    for name, key in (("training", "needed"), ("drawing", "needed_drawing")):
+        if name == "training" or "sample" in found:
+            needed = result[key]
+            text = "more than there is" if needed is None else estimate.in_bytes(needed)
+            yield _row(f"in all, {name}", text + whole)
 
 
-def size_text(number: float) -> str:
-    """Returns bytes as text, in the largest unit that leaves a whole one."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            break
-        number /= 1024
-    else:
-        number, unit = number / 1, "TiB"
-    return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+def _shape(stage: Mapping[str, Any]) -> str:
+    return " x ".join(map(str, stage["shape"]))
+
+
+def _row(name: str, value: str) -> str:
+    return f"  {name:20}{value}"
+
+
+def _costs(costs: Mapping[str, Any], time: Mapping[str, Any] | None) -> Iterator[str]:
+    def at(name: str) -> str:
+        return f", {estimate.in_time(time[name])} at best" if time else ""
+
+    yield _row("arithmetic", estimate.in_units(costs["flops"], "FLOP") + at("arithmetic"))
+    if "bytes" in costs:
+        yield _row("read and written", estimate.in_units(costs["bytes"], "B") + at("memory"))
+        yield _row("between devices", estimate.in_units(costs["between_devices"], "B"))
+
+
+def main() -> None:
+    """Runs the command."""
+    config, topology = FLAGS.config, chips.parse(FLAGS.topology)
+    try:
+        given = tuple(int(side) for side in FLAGS.shape or ())
+    except ValueError as error:
+        raise ValueError(f"--shape must be like 256,256,3, got {FLAGS.shape}") from error
+    shape = example_shape(config, given)
+    check(config, topology)
+    print(f"planning {config.name} for {FLAGS.topology}: a large network takes minutes", flush=True)
+    found = measure(config, FLAGS.topology, shape)
+    result = estimate.assess(config, topology, found)
+    print("", *lines(config, topology, found, result), sep="\n")
+    if FLAGS.json:
+        everything = {"config": runs.as_json(config), "topology": FLAGS.topology}
+        everything |= {"found": found, "result": result}
+        Path(FLAGS.json).write_text(json.dumps(everything, indent=2) + "\n")
+        print(f"wrote {FLAGS.json}")
+
+
+if __name__ == "__main__":
+    runtime.command(define_flags, main)
