@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -288,6 +289,8 @@ def main(folder: Path) -> None:
     try:
         found = measure(config, chips.parse(request["topology"]), tuple(request["shape"]))
     except (TypeError, ValueError) as error:
+        if os.environ.get("JAXDIFF_TRACEBACK"):
+            raise
         found = {"error": str(error)}
     (folder / "result.json").write_text(json.dumps(found))
 

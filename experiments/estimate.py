@@ -1,4 +1,4 @@
-"""What follows from the figures of compiled programs: do they fit, and how fast are they at best?
+"""What follows from the figures of compiled programs: do they fit, how long do they take?
 
 Pure arithmetic on what `experiments.ahead` finds.
 """
@@ -35,7 +35,7 @@ def memory_needed(costs: Mapping[str, Any]) -> float | None:
 def assess(
     config: ConfigDict, topology: chips.Topology, found: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns what follows from the figures: whether it fits, and the least time it takes.
+    """Returns what follows from the figures: whether it fits, and about how long it takes.
 
     Args:
       config: the configuration.
@@ -45,7 +45,7 @@ def assess(
     Returns:
       "usable", bytes of a device's memory; "needed", bytes, for training (in the stage that needs
       most), and "needed_drawing", for drawing samples beside the state (None where the compiler
-      does not say); "fits"; "try", advice. "steps", for each stage what `least_time` returns of a
+      does not say); "fits"; "try", advice. "steps", for each stage what `roofline` returns of a
       step, and "whole", seconds for all of them; "whole", seconds of training in all; "drawing",
       as "steps" of a batch of samples and all of them. On CPUs, whose memory and
       speed are not known here, "usable" and "fits" are None and no times are there.
@@ -76,18 +76,21 @@ def assess(
         result["try"] = list(advice(config, topology, found, result))
     result["steps"] = []
     for stage in found["stages"]:
-        step = least_time(stage["train"], chip, config.model.dtype)
+        step = roofline(stage["train"], chip, config.model.dtype)
         result["steps"].append({**step, "whole": step["seconds"] * stage["num_steps"]})
     result["whole"] = sum(step["whole"] for step in result["steps"])
     if sample:
-        batch = least_time(sample, chip, config.model.dtype)
+        batch = roofline(sample, chip, config.model.dtype)
         batches = math.ceil(config.sample.num / config.sample.batch_size)
         result["drawing"] = {**batch, "whole": batch["seconds"] * batches}
     return result
 
 
-def least_time(costs: Mapping[str, float], chip: chips.Chip, dtype: str) -> dict[str, Any]:
-    """Returns the least time of a program on a device, and what bounds it: a roofline.
+def roofline(costs: Mapping[str, float], chip: chips.Chip, dtype: str) -> dict[str, Any]:
+    """Returns about how long a program takes on a device, and what bounds it.
+
+    Arithmetic at the peak rate or memory at the full bandwidth, whatever takes longer. Most programs
+    are slower; one is faster if much of what the compiler counts as memory stays in caches.
 
     Args:
       costs: of the program, see `ahead.costs`; "bytes" may be missing.

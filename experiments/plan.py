@@ -1,4 +1,4 @@
-"""Plans a run without the hardware: does it fit, and how long will it take at best?
+"""Plans a run without the hardware: does it fit, and about how long will it take?
 
     python -m experiments.plan --config=experiments/configs/cifar10.py --topology=v5e:4x4
     python -m experiments.plan --config=experiments/configs/images_256.py --topology=gpu:8xH100
@@ -173,23 +173,23 @@ def lines(
         yield from _costs(stage["train"], time)
         if time:
             whole = f"{estimate.in_time(time['whole'])} for {stage['num_steps']:,} steps"
-            yield _row("at best", f"{estimate.in_units(1 / time['seconds'], 'steps/s')}, {whole}")
+            yield _row("roofline", f"{estimate.in_units(1 / time['seconds'], 'steps/s')}, {whole}")
     if "sample" in found:
         yield from ("", f"drawing {config.sample.batch_size} samples, on each device")
         time = result["drawing"] if topology.chip else None
         yield from _costs(found["sample"], time)
         if time:
-            yield _row("at best", f"{estimate.in_time(time['whole'])} for {config.sample.num:,}")
+            yield _row("roofline", f"{estimate.in_time(time['whole'])} for {config.sample.num:,}")
     yield ""
     if topology.chip:
         peak = topology.chip.float32 if config.model.dtype == "float32" else topology.chip.bfloat16
         yield (
-            f"At best means at {estimate.in_units(peak, 'FLOP/s')} and "
-            f"{estimate.in_units(topology.chip.bandwidth, 'B/s')}, the one or the other, all the "
-            "time. No real program is as fast."
+            f"Times are a roofline's: arithmetic at {estimate.in_units(peak, 'FLOP/s')} or memory "
+            f"at {estimate.in_units(topology.chip.bandwidth, 'B/s')},\nwhatever takes longer. Most "
+            "programs are slower; one that keeps much in caches may be faster."
         )
     if result["fits"]:
-        yield f"It fits; training takes {estimate.in_time(result['whole'])} at best."
+        yield f"It fits; training takes {estimate.in_time(result['whole'])} by the roofline."
     elif result["fits"] is False:
         yield "It does not fit. Try"
         yield from (f"  {each}" for each in result["try"])
@@ -226,7 +226,7 @@ def _row(name: str, value: str) -> str:
 
 def _costs(costs: Mapping[str, Any], time: Mapping[str, Any] | None) -> Iterator[str]:
     def at(name: str) -> str:
-        return f", {estimate.in_time(time[name])} at best" if time else ""
+        return f", {estimate.in_time(time[name])}" if time else ""
 
     yield _row("arithmetic", estimate.in_units(costs["flops"], "FLOP") + at("arithmetic"))
     if "bytes" in costs:

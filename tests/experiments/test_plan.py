@@ -1,8 +1,9 @@
-"""Planning: topologies by name, what programs cost, whether they fit and how fast they may be."""
+"""Planning: topologies by name, what programs cost, whether they fit and how long they take."""
 
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -238,13 +239,13 @@ def test_the_real_programs_are_measured(monkeypatch):
 # What follows.
 
 
-def test_the_least_time_is_the_longer_of_two():
+def test_the_roofline_is_the_longer_of_two_times():
     chip = chips.Chip(bfloat16=2e12, float32=1e12, bandwidth=1e9, memory=0)
-    found = estimate.least_time({"flops": 4e12, "bytes": 3e9}, chip, "bfloat16")
+    found = estimate.roofline({"flops": 4e12, "bytes": 3e9}, chip, "bfloat16")
     assert found == {"arithmetic": 2.0, "memory": 3.0, "seconds": 3.0, "bound": "memory"}
-    found = estimate.least_time({"flops": 4e12, "bytes": 3e9}, chip, "float32")
+    found = estimate.roofline({"flops": 4e12, "bytes": 3e9}, chip, "float32")
     assert (found["seconds"], found["bound"]) == (4.0, "arithmetic")
-    assert estimate.least_time({"flops": 4e12}, chip, "float32")["memory"] == 0
+    assert estimate.roofline({"flops": 4e12}, chip, "float32")["memory"] == 0
 
 
 def test_a_run_that_fits_takes_its_steps_and_samples():
@@ -280,7 +281,7 @@ def test_of_cpus_nothing_is_said_that_is_not_known():
     text = "\n".join(plan.lines(tiny(), chips.parse("cpu:4"), figures(), result))
     assert "temporaries         2.0 GiB" in text
     assert "fit" not in text
-    assert "at best" not in text
+    assert "roofline" not in text
 
 
 @pytest.mark.parametrize(
@@ -435,8 +436,29 @@ def test_the_configuration_for_256_pixels():
     assert drawing.make_grid(config).sigma.shape == (51,)
 
 
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+COUNTS = """
+from experiments import ahead, chips
+for name in chips.TPUS:
+    topology = chips.parse(name + (":2x4" if name in chips.TWO_SIDES else ":2x2x2"))
+    print(name, topology.devices, len(ahead.devices_of(topology)))
+"""
+
+
+@needs_libtpu
+def test_jax_sees_as_many_devices_as_are_counted():
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    command = [sys.executable, "-c", COUNTS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    counts = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in counts] == list(chips.TPUS)
+    assert all(here == there for _, here, there in counts)
+
+
+@needs_libtpu
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_a_tpu_is_planned_for_without_one(tmp_path):
     path = tmp_path / "plan.json"
     command = [
