@@ -89,8 +89,8 @@ def assess(
 def roofline(costs: Mapping[str, float], chip: chips.Chip, dtype: str) -> dict[str, Any]:
     """Returns about how long a program takes on a device, and what bounds it.
 
-    Arithmetic at the peak rate or memory at the full bandwidth, whatever takes longer. Most programs
-    are slower; one is faster if much of what the compiler counts as memory stays in caches.
+    Arithmetic at the peak rate or memory at the full bandwidth, whatever takes longer. Most
+    programs are slower; one is faster if much of what is counted as memory stays in caches.
 
     Args:
       costs: of the program, see `ahead.costs`; "bytes" may be missing.
