@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxdiff import (
@@ -25,7 +25,7 @@ from jaxdiff import (
 )
 from jaxdiff.base import Array, LossFn, Network, PyTree, Schedule
 from jaxdiff.models import UNet, sequence_positions
-from jaxdiff.training import TrainState, ema, init_state, make_train_step
+from jaxdiff.training import TrainState, ema, init_state, make_train_step, sharding
 
 DISCRETE = {
     name: getattr(schedules, name)
@@ -95,21 +95,36 @@ def make_source(config: ConfigDict) -> data.Source:
     return data.in_memory(source) if options.in_memory else source
 
 
-def make_batches(config: ConfigDict, source: data.Source) -> Any:
-    """Returns the Grain iterator over this process's part of the batches."""
+def make_batches(config: ConfigDict, source: data.Source, *, stage: int = 0) -> Any:
+    """Returns the Grain iterator over this process's part of the batches of a stage."""
+    workers = 0 if config.data.in_memory else config.data.worker_count
+    return data.make_pipeline(source, worker_count=workers, **_pipeline_options(config, stage))
+
+
+def make_resident(config: ConfigDict, source: data.Source, *, stage: int = 0) -> Any:
+    """Returns `data.resident`'s arrays, iterator over addresses, and function from both."""
+    return data.resident(source, **_pipeline_options(config, stage))
+
+
+def _pipeline_options(config: ConfigDict, stage: int) -> dict[str, Any]:
     options = config.data
-    return data.make_pipeline(
-        source,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        flip=options.flip,
-        dequantize=options.dequantize,
-        pad_to=options.pad_to,
-        crop=options.crop,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        worker_count=0 if options.in_memory else options.worker_count,
+    # Each stage goes through the data in an order of its own, from the start.
+    seed = (
+        config.seed
+        if stage == 0
+        else int(np.random.SeedSequence((config.seed, stage)).generate_state(1)[0])
     )
+    return {
+        "batch_size": config.train.batch_size,
+        "seed": seed,
+        "flip": options.flip,
+        "dequantize": options.dequantize,
+        "pad_to": options.pad_to,
+        "shrink": options.shrink,
+        "crop": options.crop,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
 
 
 def example_shape(config: ConfigDict, source: data.Source) -> tuple[int, ...]:
@@ -117,7 +132,8 @@ def example_shape(config: ConfigDict, source: data.Source) -> tuple[int, ...]:
     if is_table(config):
         return np.shape(source[0]["x0"])
     *spatial, channels = np.shape(source[0]["image"])
-    return (*((config.data.pad_to or size) for size in spatial), channels)
+    shrink = config.data.shrink
+    return (*((config.data.pad_to or size) // shrink for size in spatial), channels)
 
 
 def call(
@@ -235,17 +251,16 @@ def _with_context(apply_fn: Network, length: int) -> Network:
     return with_context
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation | optax.MultiSteps:
-    """Returns the chain of clipping, Adam(W) with its learning rate, and accumulation."""
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Returns the chain of clipping and Adam(W) with its learning rate."""
     options = config.optimizer
-    updates = -(-config.train.num_steps // options.accumulate)
     rate = choose(
         "optimizer.decay",
         options.decay,
         {
             "constant": lambda: optax.constant_schedule(options.learning_rate),
             "cosine": lambda: optax.cosine_decay_schedule(
-                options.learning_rate, max(1, updates - options.warmup_steps)
+                options.learning_rate, max(1, config.train.num_steps - options.warmup_steps)
             ),
         },
     )()
@@ -265,8 +280,6 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation | optax.M
         raise ValueError("optimizer.weight_decay belongs to adamw: set optimizer.name=adamw")
     if options.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
-    if options.accumulate > 1:
-        optimizer = optax.MultiSteps(optimizer, options.accumulate)
     return optimizer
 
 
@@ -286,6 +299,7 @@ def make_loss(
         make_parameterization(config),
         call("weighting", config.weighting, WEIGHTINGS, weighting, *elbo),
         make_timesteps(config),
+        scales=config.loss_scales,
         dropout=config.model.dropout > 0,
         cond_dropout=0.0 if null is None else config.labels.dropout,
         null_cond=null,
@@ -313,16 +327,35 @@ def make_timesteps(config: ConfigDict) -> Any:
     return call("timesteps", config.timesteps, TIMESTEPS, config.timesteps_options.to_dict(), *size)
 
 
+def make_averages(config: ConfigDict) -> dict[str, Any]:
+    """Returns the decays of the averages beside the main one, by name."""
+    options = config.averages
+    return {f"half_life_{updates:g}": ema.half_life(updates) for updates in options.half_lives} | {
+        f"power_{sigma_rel:g}": ema.power(sigma_rel) for sigma_rel in options.sigma_rels
+    }
+
+
 def make_training(
-    config: ConfigDict, shape: tuple[int, ...], own: columns.Columns | None = None
+    config: ConfigDict,
+    shape: tuple[int, ...],
+    own: columns.Columns | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Callable[[], TrainState], Callable[..., Any]]:
-    """Returns `init() -> state` and the pure train step; `own` as of `make_network`."""
+    """Returns `init() -> state` and the pure train step.
+
+    Args:
+      config: the configuration.
+      shape: of one example.
+      own: as of `make_network`.
+      mesh: where the step runs, if parameters are divided there (`sharding.fully_sharded`).
+    """
     model, optimizer, sampler = (
         make_model(config, shape[-1]),
         make_optimizer(config),
         make_timesteps(config),
     )
     loss_aware, skips = isinstance(sampler, timesteps.LossAware), config.train.max_skipped > 0
+    schedule, averages = make_schedule(config), make_averages(config)
     # Two addresses of the run's seed: one for the parameters, one for all that training draws.
     key = jax.random.key(config.seed)
     init_key, train_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
@@ -334,18 +367,44 @@ def make_training(
         example = jax.ShapeDtypeStruct((1, *spatial, channels), jnp.float32)
         level = jax.ShapeDtypeStruct((1,), jnp.int32)
         params = model.lazy_init(init_key, example, level, *_example_condition(config, shape))
-        history = sampler.init(make_schedule(config)) if loss_aware else None
-        return init_state(params, optimizer, history=history, skip_nonfinite=skips)
+        history = sampler.init(schedule) if loss_aware else None
+        return init_state(
+            params, optimizer, history=history, skip_nonfinite=skips, averages=tuple(averages)
+        )
+
+    def watch(per_example: Array, aux: Mapping[str, Any]) -> Mapping[str, Array]:
+        return by_quarter(schedule, aux["t"], aux["loss"])
 
     step = make_train_step(
-        make_loss(config, shape, own),
+        gathering(make_loss(config, shape, own), mesh),
         optimizer,
         ema.warmup(config.ema_decay),
         update_history=sampler.update if loss_aware else None,
         skip_nonfinite=skips,
+        microbatches=config.train.microbatches,
+        averages=averages or None,
+        watch=watch,
         key=train_key,
     )
     return init, step
+
+
+def gathering(loss_fn: LossFn, mesh: Mesh | None) -> LossFn:
+    """Returns a loss function of parameters that are divided over a mesh."""
+    if mesh is None:
+        return loss_fn
+    return lambda params, key, batch: loss_fn(sharding.gathered(mesh, params), key, batch)
+
+
+def by_quarter(schedule: Schedule, t: Array, loss: Array) -> dict[str, Array]:
+    """Returns sums and counts of losses `(B,)` in each quarter of the times, `(4,)` each."""
+    share = t / (schedule.num_steps or 1)  # in [0, 1)
+    quarter = jnp.clip((4 * share).astype(jnp.int32), 0, 3)
+    which = quarter[:, None] == jnp.arange(4)[None]
+    return {
+        "loss_by_t": jnp.sum(jnp.where(which, loss[:, None], 0), axis=0),
+        "count_by_t": jnp.sum(which, axis=0),
+    }
 
 
 def _example_condition(config: ConfigDict, shape: tuple[int, ...]) -> tuple[PyTree, ...]:
@@ -363,11 +422,43 @@ def _example_condition(config: ConfigDict, shape: tuple[int, ...]) -> tuple[PyTr
     return (jax.ShapeDtypeStruct((1,), jnp.int32),) if config.labels.num_classes else ()
 
 
-def mesh() -> Mesh:
-    """Returns the mesh of all devices, one axis, `data`."""
-    return Mesh(np.array(jax.devices()), ("data",))
+def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns the mesh of all devices, or those given."""
+    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
 
 
-def placed(like: PyTree, sharding: NamedSharding) -> PyTree:
-    """Returns the shapes and types of a pytree, to be restored onto a sharding."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), like)
+def stages(config: ConfigDict) -> list[tuple[ConfigDict, int]]:
+    """Returns each stage's configuration, and the step that it ends with.
+
+    Raises:
+      ValueError: the stages do not fit each other, or the whole.
+    """
+    options = config.stages.to_dict()
+    steps = options.pop("num_steps")
+    for name, values in options.items():
+        if values and len(values) != len(steps):
+            raise ValueError(
+                f"stages.{name} must have one value a stage, {len(steps)} by stages.num_steps, got "
+                f"{values}"
+            )
+    if not steps:
+        return [(config, config.train.num_steps)]
+    if min(steps) < 1 or sum(steps) != config.train.num_steps:
+        raise ValueError(
+            f"stages.num_steps must be positive and add up to train.num_steps="
+            f"{config.train.num_steps}, got {steps}"
+        )
+    places = {
+        "shrink": ("data", "shrink"),
+        "shift": ("schedule", "shift"),
+        "batch_size": ("train", "batch_size"),
+        "learning_rate": ("optimizer", "learning_rate"),
+    }
+    found, end = [], 0
+    for i, count in enumerate(steps):
+        stage, end = config.copy_and_resolve_references(), end + count
+        for name, (section, key) in places.items():
+            if options[name]:
+                stage[section][key] = options[name][i]
+        found.append((stage, end))
+    return found

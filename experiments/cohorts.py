@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments import build, drawing, runs
 from jaxdiff import columns, data, denoisers, editing, rng, sampling
 from jaxdiff.base import Array, Node, PyTree
 from jaxdiff.data import tables
+from jaxdiff.training import sharding
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -320,8 +320,8 @@ def draw(
         raise ValueError(f"sample.batch_size must be at least 1, got {size}")
     edits = patients.known is not None
     key = jax.random.key(config.sample.seed) if key is None else key
-    rows = NamedSharding(build.mesh(), PartitionSpec("data"))
-    divided = size % jax.device_count() == 0
+    mesh = build.make_mesh(config)
+    divided = size % mesh.size == 0
     drawn = []
     with tqdm.tqdm(total=num, unit="patient", desc="patients", disable=None) as bar:
         for start in range(0, num, size):
@@ -337,9 +337,9 @@ def draw(
                     for a in (patients.known, patients.known_mask)
                 )
             if divided:
-                cond, given = jax.device_put((cond, given), rows)
+                cond, given = jax.device_put((cond, given), sharding.rows(mesh))
             x0 = compiled(key, params, first_index + start, cond, *given)
-            drawn.append(np.asarray(x0)[: num - start])
+            drawn.append(sharding.to_host(x0)[: num - start])
             bar.update(len(drawn[-1]))
     return np.concatenate(drawn)
 

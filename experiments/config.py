@@ -17,6 +17,11 @@ def default() -> ConfigDict:
         {
             "name": "",
             "seed": 0,
+            # How many parts of the devices; -1 for what is left. It changes no result.
+            "mesh": {
+                "data": -1,
+                "fsdp": 1,  # divides parameters, averages and the optimiser's state, too
+            },
             "data": {
                 "name": "digits",  # a prepared TFDS data set, "folder", "table" or "pbc"
                 "split": "train",
@@ -24,10 +29,12 @@ def default() -> ConfigDict:
                 "path": config_dict.placeholder(str),  # of the folder of images, or the table
                 "size": config_dict.placeholder(int),  # images of a folder are cut to this size
                 "pad_to": config_dict.placeholder(int),
+                "shrink": 1,  # images, by this factor, after padding
                 "flip": False,
                 "dequantize": False,
                 "in_memory": True,  # decode once, keep as uint8
                 "worker_count": 0,  # processes that decode, where not in memory
+                "resident": False,  # the whole data set is held by every device; changes no result
                 # Of tables of visits, see jaxdiff.data.tables.
                 "schema": config_dict.placeholder(str),  # a JSON file; inferred if not given
                 "patient": config_dict.placeholder(str),  # columns; found by name if not given
@@ -54,6 +61,7 @@ def default() -> ConfigDict:
             },
             "parameterization": "eps",
             "sigma_data": 0.5,  # of edm, as parameterization and as weighting
+            "loss_scales": (),  # adds the loss of predictions averaged over so many pixels a side
             "weighting": "unit",
             "weighting_options": _options(float, "gamma", "k", "bias"),
             "timesteps": "uniform",
@@ -91,12 +99,29 @@ def default() -> ConfigDict:
                 "warmup_steps": 0,
                 "decay": "constant",  # constant or cosine (to zero, at the last step)
                 "clip_norm": 1.0,  # 0 clips nothing
-                "accumulate": 1,  # batches per update
             },
             "ema_decay": 0.9999,
+            # Averages beside that one, see jaxdiff.training.ema and experiments.ema.
+            "averages": {
+                "half_lives": (),  # in updates
+                "sigma_rels": (),  # relative widths of power functions, such as (0.05, 0.1)
+                "snapshot_every": 0,  # how often these are kept, to make others of; 0 for never
+            },
+            # Progressive training: stage i trains for num_steps[i] steps on images shrunk by
+            # shrink[i], on the same parameters. What else is named changes, too. The last stage is
+            # what the model is for.
+            "stages": {
+                "num_steps": (),  # their sum is train.num_steps
+                "shrink": (),
+                "shift": (),  # of the schedule
+                "batch_size": (),
+                "learning_rate": (),
+            },
             "train": {
                 "batch_size": 128,  # over all devices
+                "microbatches": 1,  # parts of a batch that are computed one after the other
                 "num_steps": 1000,
+                "steps_per_dispatch": 1,  # steps that run without the host; changes no result
                 "log_every": 100,
                 "checkpoint_every": 1000,
                 "keep": 3,

@@ -15,7 +15,6 @@ given again.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -26,14 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from experiments import build, drawing, runs, runtime, sample, train
+from experiments import build, drawing, lock, loop, runs, runtime, sample, train
 from experiments.config import default
 from jaxdiff import evaluation, losses, viz
 from jaxdiff.base import Array, Batch, PyTree
-from jaxdiff.training import TrainState, checkpoints, ema, init_state, make_train_step
+from jaxdiff.training import TrainState, checkpoints, ema, init_state, make_train_step, sharding
 
 FLAGS = flags.FLAGS
 WEIGHTINGS = ("truncated_snr", "snr_plus_one", "snr", "unit")
@@ -131,7 +129,6 @@ def student_config(
             "learning_rate": learning_rate,
             "warmup_steps": 0,
             "decay": "cosine",
-            "accumulate": 1,
         }
     )
     student.train.update(
@@ -140,9 +137,14 @@ def student_config(
             "num_steps": updates,
             "checkpoint_every": updates,
             "keep": len(halvings(teacher_steps, student_steps)),
+            "microbatches": 1,
+            "steps_per_dispatch": 1,
             "sample_every": 0,
         }
     )
+    student.averages, student.stages = plain.averages, plain.stages
+    student.loss_scales = plain.loss_scales
+    student.data.resident = False
     train.check(student)
     return student
 
@@ -181,7 +183,10 @@ def distill(
     check_same(out, config, about)
     runs.open_workdir(out, config)
 
-    with checkpoints.open_folder(out / "checkpoints", keep=config.train.keep) as saved:
+    with (
+        lock.hold(out),
+        checkpoints.open_folder(out / "checkpoints", keep=config.train.keep) as saved,
+    ):
         state, lines = run_rounds(out, first, config, shape, teacher, about, batches, saved)
     about["sha256"] = runs.fingerprint({"params": state.params, "ema": state.ema})
     long, short = (
@@ -229,34 +234,30 @@ def run_rounds(
     saved: checkpoints.Checkpointer,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Runs the rounds that are left; returns the last student's state and the lines of metrics."""
-    mesh = build.mesh()
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    begin = jax.jit(functools.partial(begin_round, config), out_shardings=everywhere)
+    mesh = build.make_mesh(config)
+    like = jax.eval_shape(functools.partial(begin_round, config), teacher[0], 0)
+    places = sharding.fully_sharded(mesh, like)
+    begin = jax.jit(functools.partial(begin_round, config), out_shardings=places)
     updates, done = config.train.num_steps, 0
     rounds = halvings(first.sample.steps, config.sample.steps)
     if saved.latest is not None:
-        like = jax.eval_shape(begin, teacher[0], 0)
-        restored = checkpoints.restore(saved, build.placed(like, everywhere))
+        restored = checkpoints.restore_newest(saved, sharding.placed(like, places))
         batches.set_state(restored.data)
         state, done = restored.state, int(restored.state.step) // updates
         teacher = (state.ema, None)
     # In this order: a run that can be found by its configuration is complete.
     runs.write_json(out / "run.json", about)
     runs.write_json(out / "config.json", runs.as_json(config))
-    with contextlib.closing(runs.Metrics(out / "metrics.jsonl", done * updates)) as metrics:
+    with runs.Metrics(out, done * updates, tensorboard=config.train.tensorboard) as metrics:
         for i, steps in list(enumerate(rounds))[done:]:
             print(f"round {i + 1} of {len(rounds)}: {steps} steps to {steps // 2}", flush=True)
             this = config.copy_and_resolve_references()
             this.train.num_steps = (i + 1) * updates
-            step_fn = jax.jit(
-                make_step(by_ddim(config if i else first, steps), config, shape, i * updates),
-                donate_argnums=1,
-                compiler_options=runtime.compiler_options(),
-            )
+            teaching = by_ddim(config if i else first, steps)
+            step = make_step(teaching, config, shape, i * updates)
+            advance = loop.compile_step(step, like, mesh, held=teacher)
             state = begin(teacher[0], i * updates)
-            step_fn = functools.partial(step_fn, teacher)
-            state = train.loop(this, state, step_fn, batches, rows, saved, metrics, None)
+            state = loop.run(this, state, advance, batches, saved, metrics, last=(i + 1) * updates)
             teacher = (state.ema, None)
     return state, metrics.lines
 
@@ -273,7 +274,7 @@ def begin_round(config: ConfigDict, params: PyTree, step: Array) -> TrainState:
 
 
 def make_step(teaching: ConfigDict, config: ConfigDict, shape: tuple[int, ...], start: int) -> Any:
-    """Returns the pure train step of a round, `(teacher, state, batch) -> (state, metrics)`.
+    """Returns the pure train step of a round, `(state, teacher, batch) -> (state, metrics)`.
 
     Args:
       teaching: the teacher's configuration.
@@ -289,8 +290,9 @@ def make_step(teaching: ConfigDict, config: ConfigDict, shape: tuple[int, ...], 
     # Two addresses of the seed are those of the teacher's training.
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
 
-    def step(teacher: tuple[PyTree, PyTree], state: TrainState, batch: Batch) -> Any:
+    def step(state: TrainState, teacher: tuple[PyTree, PyTree], batch: Batch) -> Any:
         params, weak = teacher
+        batch = batch if config.labels.num_classes else {"x0": batch["x0"]}
         loss_fn = losses.progressive_distillation(
             network,
             lambda cond: make_teacher(params, cond, weak),

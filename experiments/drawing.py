@@ -8,21 +8,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.build import (
     call,
     choose,
+    make_mesh,
     make_network,
     make_parameterization,
     make_schedule,
-    mesh,
     null_condition,
 )
 from jaxdiff import denoisers, grids, guidance, sampling, solvers
 from jaxdiff.base import Array, Denoiser, Node, PyTree, Solver
 from jaxdiff.columns import Columns
+from jaxdiff.training import sharding
 
 GRIDS = {
     name: getattr(grids, name)
@@ -211,9 +211,11 @@ def make_draw(
         raise ValueError(f"sample.batch_size must be at least 1, got {options.batch_size}")
     grid, solver, make = make_grid(config), make_solver(config), make_denoiser(config, shape)
     make_labels(config, 0, 1)
-    whole = mesh() if options.batch_size % jax.device_count() == 0 else None
+    mesh = make_mesh(config)
+    divides = options.batch_size % mesh.size == 0 and trajectory_every is None
 
     def draw(params: PyTree, first_index: Array, weak: PyTree = None) -> Any:
+        params, weak = (sharding.gathered(mesh, tree) for tree in (params, weak))
         return sampling.sample(
             jax.random.key(options.seed),
             make(params, make_labels(config, first_index, options.batch_size), weak),
@@ -225,6 +227,6 @@ def make_draw(
             trajectory_every=trajectory_every,
         )
 
-    if whole is None or trajectory_every is not None:
-        return jax.jit(draw)
-    return jax.jit(draw, out_shardings=NamedSharding(whole, PartitionSpec("data")))
+    return jax.jit(
+        draw, out_shardings=sharding.rows(mesh) if divides else sharding.everywhere(mesh)
+    )

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,13 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import flags
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from experiments import build, drawing, evaluate_table, runs, runtime, sample
+from experiments import build, drawing, evaluate_table, report, runs, runtime, sample
 from experiments.config import default
 from jaxdiff import data, evaluation, likelihood, schedules
 from jaxdiff.base import Array, Denoiser, Node, Prediction, PyTree, Schedule
+from jaxdiff.training import sharding
 
 FLAGS = flags.FLAGS
 
@@ -237,7 +236,7 @@ def bound(
         bits, terms = bounds(params, x0, index, labels if config.labels.num_classes else None)
         sums = {"bits": bits, **terms._asdict(), "steps": jnp.sum(terms.steps, axis=1)}
         for name, value in sums.items():
-            parts[name].append(np.asarray(value, np.float64))
+            parts[name].append(np.float64(sharding.to_host(value)))
     # Padding costs bits, but what is coded are the images.
     scale = np.prod(shape) / np.size(source[0]["image"])
     whole = {
@@ -274,30 +273,25 @@ def _batches(
     pixels = data.make_pipeline(
         source, batch_size=batch_size, seed=0, shuffle=False, pad_to=config.data.pad_to
     )
-    rows = NamedSharding(build.mesh(), PartitionSpec("data"))
+    mesh = build.make_mesh(config)
     firsts = range(0, len(source), batch_size)
     for first in tqdm.tqdm(firsts, unit="batch", desc="bound", disable=None):
         batch = next(pixels)
         arrays = batch["x0"], np.int32(first + np.arange(batch_size)), batch.get("cond")
         # Divided over all devices where their number divides the batch.
-        yield arrays if batch_size % jax.device_count() else jax.device_put(arrays, rows)
+        yield arrays if batch_size % mesh.size else jax.device_put(arrays, sharding.rows(mesh))
 
 
 def load_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images, uint8, and the labels of a file of samples.
+    """Returns the images, uint8, and the labels of a file of samples, or of its shares.
 
     Raises:
       RunError: there is no such file, it is damaged, or the samples were not asked for by class.
     """
-    if not path.exists():
-        raise runs.RunError(f"{path} does not exist: draw samples, or name others by --samples")
-    try:
-        with path.open("rb") as file, np.load(file) as archive:
-            if "labels" in archive:
-                return archive["images"], archive["labels"]
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise runs.RunError(f"{path} is damaged, or not a file of samples: {error}") from error
-    raise runs.RunError(f"{path} holds no labels: its samples were not asked for by class")
+    found = report.load_samples(path)
+    if "labels" not in found:
+        raise runs.RunError(f"{path} holds no labels: its samples were not asked for by class")
+    return found["images"], found["labels"]
 
 
 def classes(
@@ -393,7 +387,7 @@ def main() -> None:
     """Runs the command."""
     workdirs = [Path(name) for name in FLAGS.workdir.split(",")]
     workdir = workdirs[0]
-    if build.is_table(runs.load_config(workdir, default())):
+    if build.is_table(runs.load_config(workdir)):
         if FLAGS.bound or FLAGS.classes:
             raise ValueError("--bound and --classes are for models of images")
         records = evaluate_table.evaluate(workdirs, FLAGS.samples and Path(FLAGS.samples))
@@ -404,7 +398,7 @@ def main() -> None:
         raise ValueError("several --workdir are for models of tables")
     if not (FLAGS.bound or FLAGS.classes):
         raise ValueError("say what to score: --bound, --classes or both")
-    config = runs.load_config(workdir, default())
+    config = runs.load_config(workdir)
     if FLAGS.bound:
         name, source = held_out(config, FLAGS.split, FLAGS.path, allow_overlap=FLAGS.allow_overlap)
         config, params, shape, step = sample.load(workdir, FLAGS.step, ema=FLAGS.ema)

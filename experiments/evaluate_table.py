@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments import cohorts, realism, runs
-from experiments.config import default
 from jaxdiff.data import tables
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def score(workdir: Path, samples: Path | None = None) -> dict[str, dict[str, flo
       ValueError: the run held out no patients.
       TableError: the synthetic patients have another schema than the run.
     """
-    config = runs.load_config(workdir, default())
+    config = runs.load_config(workdir)
     if not config.data.held_out:
         raise ValueError(
             f"{workdir} was trained on all patients, and leaves none to compare with: train it "

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -21,27 +23,68 @@ def save_samples(
     stem: Path,
     samples: np.ndarray,
     options: Mapping[str, Any],
-    first_index: int = 0,
+    numbers: np.ndarray | None = None,
     labels: Any = None,
-) -> None:
+) -> Path:
     """Writes STEM.png, a picture of the first samples, and STEM.npz, all of them.
 
     The archive holds `samples`, float32 as drawn; `images`, uint8; `index`, their numbers;
-    `options`, JSON; and `labels`, the classes asked for, if any.
+    `options`, JSON; and `labels`, the classes asked for, if any. Of several processes each writes
+    its share to an archive of its own, and the first one the picture.
+
+    Returns:
+      The archive's path.
     """
     images = viz.to_uint8(samples)
-    scale = max(1, 64 // images.shape[1])  # small images are enlarged enough to be recognised
-    viz.save_png(stem.with_suffix(".png"), viz.image_grid(images[:SHOWN], scale=scale))
-    temporary = stem.with_name(stem.name + ".tmp.npz")
+    if jax.process_index() == 0:
+        scale = max(1, 64 // images.shape[1])  # small images are enlarged enough to be recognised
+        viz.save_png(stem.with_suffix(".png"), viz.image_grid(images[:SHOWN], scale=scale))
+    path = stem.with_suffix(".npz")
+    if jax.process_count() > 1:
+        part = f"{stem.name}-{jax.process_index():05d}-of-{jax.process_count():05d}.npz"
+        path = stem.with_name(part)
+    temporary = path.with_suffix(".tmp.npz")
     np.savez_compressed(
         temporary,
         samples=samples,
         images=images,
-        index=first_index + np.arange(len(samples)),
+        index=np.arange(len(samples)) if numbers is None else numbers,
         options=json.dumps(dict(options), sort_keys=True),
         **({} if labels is None else {"labels": np.asarray(labels)}),
     )
-    os.replace(temporary, stem.with_suffix(".npz"))
+    os.replace(temporary, path)
+    return path
+
+
+def load_samples(path: Path) -> dict[str, np.ndarray]:
+    """Returns what an archive of samples holds, by name, in the order of their numbers.
+
+    Args:
+      path: STEM.npz, whether it was written whole or in shares.
+
+    Raises:
+      RunError: there is no such file, a share is missing, or one is damaged.
+    """
+    parts = [path] if path.exists() else sorted(path.parent.glob(f"{path.stem}-*-of-*.npz"))
+    if not parts:
+        raise runs.RunError(f"{path} does not exist: draw samples, or name others by --samples")
+    if parts != [path] and len(parts) != int(parts[0].stem.rpartition("-")[2]):
+        raise runs.RunError(f"{path} is in shares, and some are missing: there are {parts}")
+    found = []
+    for part in parts:
+        try:
+            with part.open("rb") as file, np.load(file) as archive:
+                found.append({name: archive[name] for name in archive})
+            found[-1]["images"], found[-1]["index"]  # what every archive of samples has
+        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise runs.RunError(f"{part} is damaged, or not a file of samples: {error}") from error
+    order = np.argsort(np.concatenate([part["index"] for part in found]), kind="stable")
+    return {
+        name: found[0][name]
+        if name == "options"
+        else np.concatenate([part[name] for part in found])[order]
+        for name in found[0]
+    }
 
 
 def write(
@@ -52,6 +95,8 @@ def write(
     more: Sequence[viz.Section] = (),
 ) -> None:
     """Writes report.html, with `more` sections after the first."""
+    if jax.process_index():
+        return
     sections = [viz.Section("The run", [dict(about)]), *more]
     picture = workdir / "samples.png"
     if picture.exists():

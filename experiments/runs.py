@@ -3,6 +3,7 @@
 config.json          the resolved configuration
 run.json             seed, versions, devices, number of parameters, hash at the end
 metrics.jsonl        a line a logged step
+losses.f32           the loss of every step, float32, little-endian
 checkpoints/         Orbax's
 samples/, samples.*  pictures, and the samples themselves
 report.html          all of it, to look at
@@ -10,6 +11,7 @@ report.html          all of it, to look at
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -18,13 +20,22 @@ import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments.config import default
+from jaxdiff.training import sharding
+
 PACKAGES = ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+# What may differ when a run is gone on with, since it changes no result.
+NO_MATTER = (
+    *("mesh.data", "mesh.fsdp", "data.resident", "data.worker_count"),
+    *("train.steps_per_dispatch", "train.log_every", "train.tensorboard"),
+)
 
 
 class RunError(Exception):
@@ -37,7 +48,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text so that the file is there whole or not at all."""
+    """Writes a text so that the file is there whole or not at all; one process does, of several."""
+    if jax.process_index():
+        return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -48,12 +61,11 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
-def load_config(workdir: Path, default: ConfigDict) -> ConfigDict:
+def load_config(workdir: Path) -> ConfigDict:
     """Returns the configuration of a run.
 
     Args:
       workdir: the run directory.
-      default: the configuration with all keys and types.
 
     Raises:
       RunError: the directory holds no run, or one of a version with other keys.
@@ -65,12 +77,35 @@ def load_config(workdir: Path, default: ConfigDict) -> ConfigDict:
         )
     try:
         saved = json.loads(path.read_text())
-        # Runs from before there was this key skip nothing, and keep no count of it.
-        saved.setdefault("train", {}).setdefault("max_skipped", 0)
-        _update(default, saved)
+        config = default()
+        _update(config, _of_now(saved))
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} is damaged, or of another version of jaxdiff: {error}") from error
-    return default
+    return config
+
+
+def _of_now(saved: dict[str, Any]) -> dict[str, Any]:
+    """Returns a configuration as written by an earlier version with the keys of this one."""
+    # Runs from before there was this key skip nothing, and keep no count of it.
+    saved.setdefault("train", {}).setdefault("max_skipped", 0)
+    if saved.get("optimizer", {}).pop("accumulate", 1) != 1:
+        raise ValueError("optimizer.accumulate is now train.microbatches")
+    # On what a run was trained is not what it is used on.
+    saved.pop("mesh", None)
+    return saved
+
+
+def about(workdir: Path) -> dict[str, Any]:
+    """Returns what `run.json` says of a run.
+
+    Raises:
+      RunError: the run never got as far as to write it.
+    """
+    path = workdir / "run.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is missing or damaged: train the run again") from error
 
 
 def example_shape(workdir: Path) -> tuple[int, ...]:
@@ -79,11 +114,10 @@ def example_shape(workdir: Path) -> tuple[int, ...]:
     Raises:
       RunError: the run never got as far as to know it.
     """
-    path = workdir / "run.json"
     try:
-        return tuple(json.loads(path.read_text())["example_shape"])
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{path} is missing or damaged: train the run again") from error
+        return tuple(about(workdir)["example_shape"])
+    except KeyError as error:
+        raise RunError(f"{workdir}/run.json is damaged: train the run again") from error
 
 
 def _update(config: ConfigDict, saved: Mapping[str, Any]) -> None:
@@ -103,6 +137,8 @@ def open_workdir(workdir: Path, config: ConfigDict, *, allow_change: bool = Fals
       RunError: it cannot be written to, or holds a run of another configuration and
         `allow_change` is not set.
     """
+    if jax.process_index():
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".probe-{os.getpid()}"
@@ -115,13 +151,28 @@ def open_workdir(workdir: Path, config: ConfigDict, *, allow_change: bool = Fals
         ) from error
     path = workdir / "config.json"
     if path.exists() and not allow_change:
-        changed = differences(json.loads(path.read_text()), as_json(config))
+        there = as_json(load_config(workdir))
+        changed = [
+            change for change in differences(there, as_json(config)) if change[0] not in NO_MATTER
+        ]
         if changed:
             lines = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in changed)
             raise RunError(
                 f"{workdir} holds a run of another configuration:\n{lines}\n"
                 "Choose another --workdir, or say --allow_config_change to go on with the new one"
             )
+
+
+def check_there(workdir: Path) -> None:
+    """Checks that nobody has taken away the directory of a run that is going on.
+
+    Raises:
+      RunError: it has gone.
+    """
+    if jax.process_index() == 0 and not (workdir / "config.json").exists():
+        raise RunError(
+            f"the run directory {workdir} has gone, or its config.json: nothing is saved"
+        )
 
 
 def differences(
@@ -154,10 +205,22 @@ def describe(config: ConfigDict, num_params: int, shape: tuple[int, ...]) -> dic
         "example_shape": list(shape),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "processes": jax.process_count(),
+        "mesh": dict(sharding.make_mesh(config.mesh.data, config.mesh.fsdp).shape),
         "python": platform.python_version(),
+        "machine": _machine(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "command": " ".join([Path(sys.executable).name, "-m", *_module_and_arguments()]),
         "versions": versions,
     }
+
+
+def _machine() -> str:
+    """Returns the kind of processor, on which the last bits of results may depend."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name"))
+        return f"{platform.machine()}, {name.partition(':')[2].strip()}"
+    return platform.machine()
 
 
 def _module_and_arguments() -> list[str]:
@@ -170,33 +233,87 @@ def fingerprint(tree: Any) -> str:
     """Returns the SHA-256 of names, types, shapes and bytes of all arrays of a pytree."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
+        array = sharding.to_host(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 
 class Metrics:
-    """The lines of `metrics.jsonl`.
+    """The lines of `metrics.jsonl`, the losses of all steps, and a TensorBoard log if asked for.
 
-    Lines of steps after `step` are dropped when opened: they are of work that was lost, and is
-    done again.
+    Use it in a `with`. What is of steps after `step` is dropped when opened: it is of work that was
+    lost, and is done again. Of several processes one writes.
+
+    Raises:
+      ImportError: TensorBoard is asked for, and tensorboardX is not installed.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        self.lines = [line for line in _lines(path) if line["step"] <= step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self._file = path.open("a", buffering=1)
+    def __init__(self, workdir: Path, step: int, *, tensorboard: bool = False) -> None:
+        self.path = workdir / "metrics.jsonl"
+        self.lines = [line for line in _lines(self.path) if line["step"] <= step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        first = jax.process_index() == 0
+        self._file = self.path.open("a", buffering=1) if first else None
+        self._losses = _open_losses(workdir, step) if first else None
+        self._board = _tensorboard(workdir / "tensorboard") if tensorboard and first else None
 
-    def write(self, **values: Any) -> None:
-        """Appends a line."""
-        self.lines.append(values)
-        self._file.write(json.dumps(values) + "\n")
+    def __enter__(self) -> Metrics:
+        return self
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+    def __exit__(self, *_: object) -> None:
+        for file in (self._file, self._losses, self._board):
+            if file:
+                file.close()
+
+    def write(self, *, step: int, losses: np.ndarray, **values: Any) -> None:
+        """Appends a line, and the losses of the steps since the last."""
+        if self._losses:
+            self._losses.write(losses.astype("<f4").tobytes())
+            self._losses.flush()
+        line = {"step": step, **values}
+        self.lines.append(line)
+        if self._file:
+            self._file.write(json.dumps(line) + "\n")
+        for name, value in values.items() if self._board else ():
+            each = (
+                {name: value}
+                if not isinstance(value, list)
+                else {f"{name}/{i}": part for i, part in enumerate(value) if part is not None}
+            )
+            for label, number in each.items():
+                self._board.add_scalar(label, number, step)
+
+
+def _open_losses(workdir: Path, step: int) -> BinaryIO:
+    path = workdir / "losses.f32"
+    path.touch()
+    file = path.open("r+b")
+    known = file.seek(0, os.SEEK_END) // 4
+    file.truncate(4 * min(step, known))
+    file.seek(0, os.SEEK_END)
+    # Of steps whose loss was lost, or never kept by an earlier version: not a number.
+    file.write(np.full(max(0, step - known), np.nan, "<f4").tobytes())
+    return file
+
+
+def read_losses(workdir: Path) -> np.ndarray:
+    """Returns the loss of each step so far, float32; not a number where it was not kept."""
+    path = workdir / "losses.f32"
+    if not path.exists():
+        return np.zeros(0, np.float32)
+    content = path.read_bytes()
+    return np.frombuffer(content[: len(content) // 4 * 4], "<f4")
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            'train.tensorboard needs tensorboardX: pip install "jaxdiff[tensorboard]"'
+        ) from error
+    return SummaryWriter(str(folder))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import NoReturn
 import jax
 import jaxlib
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
 
 from experiments.runs import RunError
 from jaxdiff.training.checkpoints import CheckpointError
 
+PREEMPTED = 75
+"""The exit status of a run that was told to stop, and has saved: `EX_TEMPFAIL`, try again."""
 # What a user can mend; anything else is a defect and keeps its traceback.
 MENDABLE = (RunError, CheckpointError, ImportError, OSError, TypeError, ValueError)
 
@@ -34,6 +38,124 @@ def start() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def scans_are_fast() -> bool:
+    """Returns whether several train steps in a `lax.scan` are as good as one by one.
+
+    On CPU a loop's convolutions are computed in another way: ten times slower for the digits
+    network, and other last bits (https://github.com/jax-ml/jax/issues/12868).
+    """
+    return jax.default_backend() != "cpu"
+
+
+class PreemptedError(Exception):
+    """Notice to stop was given, and all that was done is saved."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped by SIGTERM at step {step}: give the same command again to go on")
+
+
+class Notice:
+    """Whether the run is to stop: SIGTERM to a single process, or to any of several.
+
+    In a `with`. SIGTERM raises `PreemptedError` where it arrives, or sets a flag in the part of the
+    program that looks at it by itself (`looked_at`), the training loop. Several processes are told
+    by JAX, which also hears the notices of clusters and makes all stop at the same step.
+    """
+
+    def __init__(self) -> None:
+        self.flag, self.looking, self.step = False, False, 0
+
+    def __enter__(self) -> Notice:
+        self.alone = jax.process_count() == 1
+        if self.alone:
+            self.before = signal.signal(signal.SIGTERM, self._heard)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.alone:
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _heard(self, *_: object) -> None:
+        self.flag = True
+        if not self.looking:
+            raise PreemptedError(self.step)
+
+    @contextlib.contextmanager
+    def looked_at(self) -> Iterator[None]:
+        """Until the end of this block, `given` is asked often."""
+        self.looking = True
+        try:
+            yield
+        finally:
+            self.looking = False
+
+    def given(self, step: int) -> bool:
+        """Returns whether to stop before the step after `step`."""
+        self.step = step
+        if self.alone:
+            return self.flag
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+def memory() -> dict[str, int]:
+    """Returns the bytes that this process and its first device have in use, as far as known."""
+    found = {}
+    with contextlib.suppress(OSError):  # there is no such file but on Linux
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        found["host_memory"] = pages * os.sysconf("SC_PAGE_SIZE")
+    if stats := jax.local_devices()[0].memory_stats():
+        found["device_memory"] = stats["bytes_in_use"]
+        found["device_memory_peak"] = stats.get("peak_bytes_in_use", 0)
+    return found
+
+
+def define_process_flags() -> None:
+    """Defines the flags that say which of several processes this one is."""
+    flags.DEFINE_string(
+        "coordinator",
+        os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        "HOST:PORT of process 0, of a run of several processes. Found by JAX on Cloud TPU, GKE, "
+        "SLURM and Open MPI.",
+    )
+    for name, text in (("num_processes", "How many there are."), ("process_id", "Which is this.")):
+        number = os.environ.get(f"JAX_{name.upper()}")
+        flags.DEFINE_integer(name, number and int(number), text, lower_bound=0)
+
+
+def join() -> None:
+    """Joins the other processes of the run, if there are others; before anything else of JAX.
+
+    Raises:
+      ValueError: a flag is missing.
+    """
+    given = {name: getattr(flags.FLAGS, name, None) for name in ("num_processes", "process_id")}
+    coordinator = getattr(flags.FLAGS, "coordinator", None)
+    if coordinator is None:
+        if any(value is not None for value in given.values()):
+            raise ValueError("--num_processes and --process_id need --coordinator=HOST:PORT")
+        if _in_a_cluster():
+            jax.distributed.initialize()
+    else:
+        missing = [f"--{name}" for name, value in given.items() if value is None]
+        if missing and not _in_a_cluster():
+            raise ValueError(f"--coordinator needs {' and '.join(missing)}")
+        jax.distributed.initialize(coordinator, **given)
+    if jax.process_index():
+        # One process speaks for all.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _in_a_cluster() -> bool:
+    """Returns whether a cluster has started several processes, by the variables it sets."""
+    several = [os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return (
+        any(number.isdigit() and int(number) > 1 for number in several)
+        or "," in hosts
+        or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    )
+
+
 def compiler_options() -> dict[str, str] | None:
     """Returns options that make the train step faster on this backend."""
     if jax.default_backend() == "cpu" and jaxlib.__version__.startswith("0.10."):
@@ -46,7 +168,7 @@ def command(define_flags: Callable[[], None], main: Callable[[], None]) -> None:
     """Runs a command: defines and parses its flags, starts JAX, and fails clearly.
 
     What the user can mend ends the command with one clear line and exit status 1, or 2 where it is
-    a flag.
+    a flag. A run that was told to stop ends with `PREEMPTED`.
     """
 
     def run(argv: Sequence[str]) -> None:
@@ -54,7 +176,11 @@ def command(define_flags: Callable[[], None], main: Callable[[], None]) -> None:
             _fail(f"unexpected argument {argv[1]!r}: write options as --name=value", 2)
         start()
         try:
+            join()
             main()
+        except PreemptedError as error:
+            print(error, file=sys.stderr)
+            sys.exit(PREEMPTED)
         except MENDABLE as error:
             if os.environ.get("JAXDIFF_TRACEBACK"):
                 raise
@@ -62,6 +188,7 @@ def command(define_flags: Callable[[], None], main: Callable[[], None]) -> None:
 
     # ml_collections parses --config.KEY as soon as the flag is defined.
     with _clear_flag_errors():
+        define_process_flags()
         define_flags()
     app.run(run, flags_parser=_parse)
 

@@ -10,27 +10,26 @@
 Samples of a model of a table are patients, written to OUT/synthetic.csv.
 
 Sample i of a seed is the same picture whatever the batch size and the number of devices: the second
-command draws those numbered 40 to 59.
+command draws those numbered 40 to 59. Of several processes (--coordinator, --num_processes,
+--process_id) each writes its share, OUT/samples-00000-of-00002.npz and so on.
 """
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import jax
 import numpy as np
 import tqdm
 from absl import flags
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments import build, cohorts, drawing, report, runs, runtime
 from experiments.config import default
-from jaxdiff import sampling, viz
+from jaxdiff import viz
 from jaxdiff.base import PyTree
 from jaxdiff.data import tables
-from jaxdiff.training import checkpoints
+from jaxdiff.training import checkpoints, sharding
 
 FLAGS = flags.FLAGS
 GIF_FRAMES = 50
@@ -89,6 +88,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder to write to; WORKDIR/drawn if not given.")
     flags.DEFINE_integer("step", None, "The checkpoint to use; the newest if not given.")
     flags.DEFINE_bool("ema", True, "Use the average of the parameters.")
+    flags.DEFINE_integer("fsdp", 1, "How many devices share a copy of the parameters.", 1)
     flags.DEFINE_integer("first_index", 0, "The number of the first sample.", lower_bound=0)
     flags.DEFINE_bool("gif", False, "Also write the reverse process of the first samples.")
     flags.DEFINE_multi_string("where", [], "COLUMN=VALUE of a static column, of all patients.")
@@ -125,7 +125,7 @@ def override(config: ConfigDict) -> None:
 
 
 def load(
-    workdir: Path, step: int | None, *, ema: bool, tables_too: bool = False
+    workdir: Path, step: int | None, *, ema: bool, tables_too: bool = False, fsdp: int = 1
 ) -> tuple[ConfigDict, PyTree, tuple, int]:
     """Returns the run's configuration, its parameters, an example's shape and the step.
 
@@ -134,13 +134,15 @@ def load(
       step: which checkpoint; None for the newest.
       ema: whether to return the average of the parameters.
       tables_too: whether the caller knows what to do with models of tables.
+      fsdp: over how many devices the parameters are divided.
 
     Raises:
       RunError: the directory holds no run, or none with a checkpoint, or that of a table.
       CheckpointError: the checkpoint cannot be read.
       FileNotFoundError: there is no checkpoint of that step.
     """
-    config = runs.load_config(workdir, default())
+    config = runs.load_config(workdir)
+    config.mesh.fsdp = fsdp
     if build.is_table(config) and not tables_too:
         raise runs.RunError(
             f"{workdir} holds a model of a table, and this command is for images: there are "
@@ -150,10 +152,11 @@ def load(
     if not folder.is_dir():
         raise runs.RunError(f"{workdir} has no checkpoint yet: train it first")
     shape = runs.example_shape(workdir)
-    everywhere = NamedSharding(build.mesh(), PartitionSpec())
     own = cohorts.load_templates(workdir).own if build.is_table(config) else None
     init, _ = build.make_training(config, shape, own)
-    like = build.placed(jax.eval_shape(init), everywhere)
+    like = jax.eval_shape(init)
+    places = sharding.fully_sharded(build.make_mesh(config), like)
+    like = sharding.placed(like, places)
     with checkpoints.open_folder(folder, read_only=True) as saved:
         state = checkpoints.restore(saved, like, step).state
     return config, state.ema if ema else state.params, shape, int(state.step)
@@ -170,7 +173,7 @@ def load_weak(config: ConfigDict, workdir: Path, *, ema: bool) -> PyTree:
     step = config.sample.guidance_options.weak_step
     if step is None:
         raise ValueError("autoguidance needs a worse network: name a checkpoint by --weak_step")
-    return load(workdir, step, ema=ema)[1]
+    return load(workdir, step, ema=ema, fsdp=config.mesh.fsdp)[1]
 
 
 def draw_all(
@@ -179,15 +182,21 @@ def draw_all(
     shape: tuple[int, ...],
     first_index: int = 0,
     weak: PyTree = None,
-) -> np.ndarray:
-    """Returns `config.sample.num` samples, numbered from `first_index` on."""
-    draw = functools.partial(drawing.make_draw(config, shape), params, weak=weak)
-    options, drawn = config.sample, []
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws `config.sample.num` samples, numbered from `first_index` on.
+
+    Returns:
+      The samples that this process has a share in, all if it is alone, and their numbers.
+    """
+    draw, options, drawn = drawing.make_draw(config, shape), config.sample, []
     with tqdm.tqdm(total=options.num, unit="sample", desc="samples", disable=None) as bar:
-        for batch in sampling.in_batches(draw, options.num, first_index=first_index):
-            drawn.append(batch)
-            bar.update(len(batch))
-    return np.concatenate(drawn)
+        for done in range(0, options.num, options.batch_size):
+            rows, numbers = sharding.own_rows(draw(params, first_index + done, weak=weak))
+            wanted = numbers + done < options.num
+            drawn.append((rows[wanted], first_index + done + numbers[wanted]))
+            bar.update(min(options.batch_size, options.num - done))
+    samples, numbers = zip(*drawn, strict=True)
+    return np.concatenate(samples), np.concatenate(numbers)
 
 
 def save_gif(
@@ -208,7 +217,8 @@ def save_gif(
         viz.image_grid(viz.to_uint8(np.concatenate([x, x0])), columns=config.sample.batch_size)
         for x, x0 in zip(np.asarray(record.x), np.asarray(record.x0), strict=True)
     ]
-    viz.save_gif(path, frames)
+    if jax.process_index() == 0:
+        viz.save_gif(path, frames)
 
 
 def write_patients(
@@ -235,13 +245,16 @@ def write_patients(
         visits=FLAGS.visits,
         where=cohorts.parse_where(FLAGS.where, schema),
     )
-    tables.write_table(drawn, out / "synthetic.csv", schema)
+    if jax.process_index() == 0:
+        tables.write_table(drawn, out / "synthetic.csv", schema)
 
 
 def main() -> None:
     """Runs the command."""
     workdir = Path(FLAGS.workdir)
-    config, params, shape, step = load(workdir, FLAGS.step, ema=FLAGS.ema, tables_too=True)
+    config, params, shape, step = load(
+        workdir, FLAGS.step, ema=FLAGS.ema, tables_too=True, fsdp=FLAGS.fsdp
+    )
     override(config)
     out = Path(FLAGS.out or workdir / "drawn")
     out.mkdir(parents=True, exist_ok=True)
@@ -253,14 +266,15 @@ def main() -> None:
     if FLAGS.where or FLAGS.visits is not None:
         raise ValueError("--where and --visits are for models of tables")
     weak = load_weak(config, workdir, ema=FLAGS.ema)
-    samples = draw_all(config, params, shape, FLAGS.first_index, weak)
+    samples, numbers = draw_all(config, params, shape, FLAGS.first_index, weak)
     options = {**config.sample.to_dict(), "step": step, "ema": FLAGS.ema}
-    labels = drawing.make_labels(config, FLAGS.first_index, len(samples))
-    report.save_samples(out / "samples", samples, options, FLAGS.first_index, labels)
+    labels = drawing.make_labels(config, FLAGS.first_index, config.sample.num)
+    labels = labels if labels is None else np.asarray(labels)[numbers - FLAGS.first_index]
+    path = report.save_samples(out / "samples", samples, options, numbers, labels)
     if FLAGS.gif:
         save_gif(out / "samples.gif", config, params, shape, FLAGS.first_index, weak)
-    print(f"drew {len(samples)} samples with the parameters of step {step}")
-    print(f"look at {out / 'samples.png'}; the samples themselves are in {out / 'samples.npz'}")
+    print(f"drew {config.sample.num} samples with the parameters of step {step}")
+    print(f"look at {out / 'samples.png'}; the samples themselves are in {path}")
 
 
 if __name__ == "__main__":

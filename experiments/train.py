@@ -4,15 +4,19 @@
     python -m experiments.train --config=experiments/configs/mnist.py --config.seed=1
 
 A run that was interrupted, at any instant, goes on when the same command is given again, and ends
-with the same parameters as if it had not been.
+with the same parameters as if it had not been. On SIGTERM it saves, and exits with status 75.
+
+On many devices (--config.mesh.fsdp=8 divides the parameters, too), and in several processes:
+
+    python -m experiments.train --coordinator=HOST:PORT --num_processes=2 --process_id=0
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +24,13 @@ import jax
 import numpy as np
 import tqdm
 from absl import flags
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from experiments import build, cohorts, drawing, realism, report, runs, runtime
+from experiments import build, cohorts, drawing, lock, loop, realism, report, runs, runtime
 from jaxdiff import evaluation, sampling, viz
 from jaxdiff.data import tables
-from jaxdiff.training import TrainState, checkpoints
+from jaxdiff.training import TrainState, checkpoints, sharding
 
 FLAGS = flags.FLAGS
 
@@ -38,22 +42,33 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "allow_config_change", False, "Go on with a run although its configuration differs."
     )
+    flags.DEFINE_list("profile", None, "START,STOP: record a trace of the steps between.")
 
 
-def train(config: ConfigDict, workdir: Path, *, allow_config_change: bool = False) -> TrainState:
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    allow_config_change: bool = False,
+    profile: Sequence[int] | None = None,
+    until: int | None = None,
+) -> TrainState:
     """Trains to the last step, from the newest checkpoint if there is one, and finishes the run.
 
     Args:
       config: the configuration.
       workdir: the run directory.
       allow_config_change: whether to go on with a run of another configuration.
+      profile: the steps between which to record a trace.
+      until: a step to stop after, before the last, with the run as unfinished as if it were killed.
 
     Returns:
       The final state.
 
     Raises:
-      RunError: the run directory cannot be written to or holds another run.
-      CheckpointError: the newest checkpoint cannot be read.
+      RunError: the run directory cannot be written to, holds another run or is in use.
+      CheckpointError: no checkpoint of those there are can be read.
+      PreemptedError: notice to stop was given, and the state is saved.
       ValueError: the configuration makes no sense.
     """
     check(config)
@@ -62,39 +77,125 @@ def train(config: ConfigDict, workdir: Path, *, allow_config_change: bool = Fals
     if build.is_table(config):
         cohort = cohorts.load(config)
         cohorts.resolve(config, cohort)
-    source = cohorts.make_source(cohort) if cohort else build.make_source(config)
-    shape = build.example_shape(config, source)
-    batches = build.make_batches(config, source)
-    own = cohort.own if cohort else None
-    init, step_fn = build.make_training(config, shape, own)
-    draw = cohorts.make_draw(config, shape, own) if cohort else drawing.make_draw(config, shape)
-    like = jax.eval_shape(init)
+    source = cohorts.make_source(cohort) if cohort else one_by_one(build.make_source, config)
+    mesh = build.make_mesh(config)
+    parts = [
+        make_stage(stage, last, i, source, mesh, cohort)
+        for i, (stage, last) in enumerate(build.stages(config))
+    ]
+    config, shape = parts[-1].config, parts[-1].shape  # what the model is for
     runs.open_workdir(workdir, config, allow_change=allow_config_change)
 
-    mesh = build.mesh()
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    step_fn = jax.jit(step_fn, donate_argnums=0, compiler_options=runtime.compiler_options())
+    alone = contextlib.nullcontext() if jax.process_index() else lock.hold(workdir)
+    with alone, runtime.Notice() as notice:
+        with contextlib.ExitStack() as stack:
+            saved = stack.enter_context(
+                checkpoints.open_folder(workdir / "checkpoints", keep=config.train.keep)
+            )
+            state, position = resume(saved, parts, mesh)
+            runs.write_json(workdir / "config.json", runs.as_json(config))
+            if cohort:
+                cohorts.save(workdir, cohort)
+            num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+            about = runs.describe(config, num_params, shape)
+            runs.write_json(workdir / "run.json", about)
+            print(f"{config.name}: {num_params:,} parameters, from step {position}", flush=True)
 
-    with checkpoints.open_folder(workdir / "checkpoints", keep=config.train.keep) as saved:
-        state, position = resume(saved, init, like, everywhere, batches, config)
-        runs.write_json(workdir / "config.json", runs.as_json(config))
+            snapshot = None
+            if config.averages.snapshot_every:
+                kept = stack.enter_context(
+                    checkpoints.open_folder(workdir / "snapshots", keep=None)
+                )
+                snapshot = functools.partial(save_snapshot, kept)
+            metrics = stack.enter_context(
+                runs.Metrics(workdir, position, tensorboard=config.train.tensorboard)
+            )
+            for part in parts:
+                preview = None
+                if config.train.sample_every:
+                    preview = functools.partial(save_preview, workdir, part.draw)
+                with notice.looked_at():
+                    state = loop.run(
+                        part.config, state, part.advance, part.batches, saved, metrics,
+                        last=min(part.last, until or part.last), preview=preview,
+                        snapshot=snapshot, profile=profile, notice=notice,
+                    )  # fmt: skip
+        if until is not None and until < parts[-1].last:
+            return state
+        about["sha256"] = runs.fingerprint({"params": state.params, "ema": state.ema})
         if cohort:
-            cohorts.save(workdir, cohort)
-        num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        about = runs.describe(config, num_params, shape)
-        runs.write_json(workdir / "run.json", about)
-        print(f"{config.name}: {num_params:,} parameters, from step {position}", flush=True)
-
-        preview = functools.partial(save_preview, workdir, draw)
-        with contextlib.closing(runs.Metrics(workdir / "metrics.jsonl", position)) as metrics:
-            state = loop(config, state, step_fn, batches, rows, saved, metrics, preview)
-    about["sha256"] = runs.fingerprint({"params": state.params, "ema": state.ema})
-    if cohort:
-        finish_table(config, workdir, state, draw, cohort, about, metrics.lines)
-    else:
-        finish(config, workdir, state, draw, source, about, metrics.lines)
+            finish_table(config, workdir, state, parts[-1].draw, cohort, about, metrics.lines)
+        else:
+            finish(config, workdir, state, parts[-1].draw, source, about, metrics.lines)
     return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of training, ready to run; most runs have one.
+
+    Attributes:
+      config: its configuration.
+      last: the step that it ends with.
+      shape: that of one example.
+      init: makes the state before the first step, `init()`.
+      like: the state's shapes and types.
+      advance: the compiled step.
+      batches: the iterator over what it takes.
+      draw: draws samples.
+    """
+
+    config: ConfigDict
+    last: int
+    shape: tuple[int, ...]
+    init: Callable[[], TrainState]
+    like: TrainState
+    advance: loop.Advance
+    batches: Any
+    draw: Callable[..., Any]
+
+
+def make_stage(
+    config: ConfigDict,
+    last: int,
+    index: int,
+    source: Any,
+    mesh: Mesh,
+    cohort: cohorts.Cohort | None,
+) -> Stage:
+    """Makes all that a stage needs; nothing is compiled yet, and nothing written."""
+    shape, own = build.example_shape(config, source), cohort.own if cohort else None
+    init, step = build.make_training(config, shape, own, mesh)
+    arrays, take = None, None
+    if config.data.resident:
+        arrays, batches, take = build.make_resident(config, source, stage=index)
+        arrays = jax.device_put(arrays, sharding.everywhere(mesh))
+    else:
+        batches = build.make_batches(config, source, stage=index)
+    told = config.labels.num_classes or cohort
+
+    def step_of_batch(state: TrainState, held: Any, batch: Any) -> Any:
+        return step(state, batch if told else {"x0": batch["x0"]})
+
+    like = jax.eval_shape(init)
+    advance = loop.compile_step(
+        step_of_batch,
+        like,
+        mesh,
+        take=take,
+        arrays=arrays,
+        at_once=config.train.steps_per_dispatch,
+    )
+    draw = cohorts.make_draw(config, shape, own) if cohort else drawing.make_draw(config, shape)
+    return Stage(config, last, shape, init, like, advance, batches, draw)
+
+
+def one_by_one(make: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function that may write to a shared folder in the first process before the others."""
+    if jax.process_index() == 0:
+        made = make(*args)
+    sharding.barrier("first")
+    return made if jax.process_index() == 0 else make(*args)
 
 
 def check(config: ConfigDict) -> None:
@@ -105,13 +206,15 @@ def check(config: ConfigDict) -> None:
     """
     for section, key, least in (
         ("train", "batch_size", 1),
+        ("train", "microbatches", 1),
         ("train", "num_steps", 1),
+        ("train", "steps_per_dispatch", 1),
         ("train", "log_every", 1),
         ("train", "checkpoint_every", 1),
         ("train", "keep", 1),
         ("train", "max_skipped", 0),
         ("train", "sample_every", 0),
-        ("optimizer", "accumulate", 1),
+        ("averages", "snapshot_every", 0),
         ("optimizer", "warmup_steps", 0),
         ("sample", "num", 0),
         ("evaluate", "neighbours", 0),
@@ -134,140 +237,60 @@ def check(config: ConfigDict) -> None:
         )
     if build.is_table(config) and (neighbours or config.train.sample_every):
         raise ValueError("evaluate.neighbours and train.sample_every are for images: leave them 0")
-    if config.train.batch_size % jax.device_count():
-        raise ValueError(
-            f"train.batch_size is that of all devices together and must be a multiple of their "
-            f"number, {jax.device_count()}, got {config.train.batch_size}"
-        )
+    every = config.train.steps_per_dispatch
+    for section, key in (
+        ("train", "log_every"),
+        ("train", "checkpoint_every"),
+        ("train", "sample_every"),
+        ("averages", "snapshot_every"),
+    ):
+        if config[section][key] % every:
+            raise ValueError(
+                f"{section}.{key} must be a multiple of train.steps_per_dispatch={every}, got "
+                f"{config[section][key]}"
+            )
+    if config.averages.snapshot_every and not config.averages.sigma_rels:
+        raise ValueError("averages.snapshot_every keeps those of averages.sigma_rels: name some")
+    for stage, _ in build.stages(config):
+        if stage.train.batch_size % (jax.device_count() * config.train.microbatches):
+            raise ValueError(
+                f"train.batch_size is that of all devices together and must be a multiple of their "
+                f"number, {jax.device_count()}, got {stage.train.batch_size}"
+                f" for {config.train.microbatches} microbatches"
+            )
+    build.make_mesh(config)
 
 
 def resume(
-    saved: checkpoints.Checkpointer,
-    init: Any,
-    like: TrainState,
-    sharding: NamedSharding,
-    batches: Any,
-    config: ConfigDict,
+    saved: checkpoints.Checkpointer, parts: Sequence[Stage], mesh: Mesh
 ) -> tuple[TrainState, int]:
     """Returns the state to go on from and its step, and sets the data to where it stood."""
+    like, total = parts[0].like, parts[-1].last
+    places = sharding.fully_sharded(mesh, like)
     if saved.latest is None:
-        return jax.jit(init, out_shardings=sharding)(), 0
-    restored = checkpoints.restore_newest(saved, build.placed(like, sharding))
-    batches.set_state(restored.data)
+        return jax.jit(parts[0].init, out_shardings=places)(), 0
+    restored = checkpoints.restore_newest(saved, sharding.placed(like, places))
     step = int(restored.state.step)
     print(f"resumed from the checkpoint of step {step}", flush=True)
-    if step > config.train.num_steps:
-        raise runs.RunError(
-            f"the run is at step {step} already, beyond train.num_steps={config.train.num_steps}"
-        )
+    if step > total:
+        raise runs.RunError(f"the run is at step {step} already, beyond train.num_steps={total}")
+    # At the end of a stage the data stand at its end, and those of the next at the start.
+    saved_in = next(part for part in parts if step <= part.last)
+    saved_in.batches.set_state(restored.data)
     return restored.state, step
 
 
-def loop(
-    config: ConfigDict,
-    state: TrainState,
-    step_fn: Any,
-    batches: Any,
-    rows: NamedSharding,
-    saved: checkpoints.Checkpointer,
-    metrics: runs.Metrics,
-    preview: Any,
-) -> TrainState:
-    """Runs the steps that are left, saving and logging on the way."""
-    options, resolved = config.train, runs.as_json(config)
-    first, last = int(state.step), options.num_steps
-    writer = tensorboard(metrics) if options.tensorboard else None
-    bar = tqdm.tqdm(
-        total=last, initial=first, unit="step", desc=config.name, disable=None, smoothing=0.05
-    )
-    pending: list[Mapping[str, jax.Array]] = []  # metrics that are on the device still
-    since = time.monotonic()
-    for step in range(first + 1, last + 1):
-        arrays = next(batches)
-        if not (config.labels.num_classes or build.is_table(config)):
-            arrays = {"x0": arrays["x0"]}
-        batch = jax.tree.map(
-            functools.partial(jax.make_array_from_process_local_data, rows), arrays
-        )
-        state, values = step_fn(state, batch)
-        pending.append(values)
-        bar.update()
-        if step % options.log_every == 0 or step == last:
-            line = average(pending)
-            line["steps_per_second"] = len(pending) / (time.monotonic() - since)
-            metrics.write(step=step, **line)
-            tell(bar, step, line)
-            for name, value in line.items() if writer else ():
-                writer.add_scalar(name, value, step)
-            check_finite(options.max_skipped, line, step)
-            pending, since = [], time.monotonic()
-        if step % options.checkpoint_every == 0 or step == last:
-            checkpoints.save(saved, state, data=batches.get_state(), config=resolved)
-        if options.sample_every and step % options.sample_every == 0 and step < last:
-            preview(state.ema, step)
-    bar.close()
-    if writer:
-        writer.close()
-    return state
-
-
-def average(pending: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
-    """Fetches the metrics of some steps and returns their means, over those not skipped if any."""
-    host = jax.device_get(pending)
-    series = {name: np.array([values[name] for values in host]) for name in host[0]}
-    counts = {name: series.pop(name) for name in ("skipped", "skipped_in_a_row") if name in series}
-    done = counts.get("skipped_in_a_row", np.zeros(len(host))) == 0
-    done |= not done.any()
-    line = {name: float(np.mean(values[done])) for name, values in series.items()}
-    return line | {name: int(np.max(values)) for name, values in counts.items()}
-
-
-def check_finite(most: int, line: Mapping[str, float], step: int) -> None:
-    """Ends a run that gets nowhere.
-
-    Raises:
-      RunError: the loss is not finite, or of some `most` batches in a row that were skipped.
-    """
-    advice = "lower optimizer.learning_rate, and start again in another --workdir"
-    if most:
-        in_a_row = line["skipped_in_a_row"]
-        if in_a_row >= most:
-            raise runs.RunError(
-                f"{in_a_row} batches in a row up to step {step} had a loss or gradient that is not "
-                f"finite (loss {line['loss']}; {line['skipped']} in all were skipped): the "
-                f"parameters are those before. Look at the data, or {advice}"
-            )
-    elif not np.isfinite(line["loss"]):
-        raise runs.RunError(f"the loss is {line['loss']} at step {step}: {advice}")
-
-
-def tell(bar: tqdm.tqdm, step: int, line: Mapping[str, float]) -> None:
-    """Shows how training goes: in the bar, or where there is no terminal as a line."""
-    bar.set_postfix(loss=f"{line['loss']:.4f}")
-    if bar.disable:
-        left = (bar.total - step) / line["steps_per_second"]
-        print(
-            f"step {step} of {bar.total}, loss {line['loss']:.4f}, "
-            f"{line['steps_per_second']:.1f} steps/s, {left:.0f} s left",
-            flush=True,
-        )
-
-
-def tensorboard(metrics: runs.Metrics) -> Any:
-    """Returns a TensorBoard writer beside the metrics."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            'train.tensorboard needs tensorboardX: pip install "jaxdiff[tensorboard]"'
-        ) from error
-    return SummaryWriter(str(metrics.path.parent / "tensorboard"))
+def save_snapshot(kept: checkpoints.Checkpointer, state: TrainState) -> None:
+    """Keeps the averages by power functions, to make others of: `experiments.ema`."""
+    powers = {name: tree for name, tree in state.averages.items() if name.startswith("power")}
+    checkpoints.save_tree(kept, int(state.step), powers, {})
 
 
 def save_preview(workdir: Path, draw: Any, params: Any, step: int) -> None:
     """Writes a picture of the first samples of an unfinished model."""
-    x = np.asarray(draw(params, 0))[:64]
-    viz.save_png(workdir / f"samples/step_{step:08d}.png", viz.image_grid(viz.to_uint8(x)))
+    x = sharding.to_host(draw(params, 0))[:64]
+    if jax.process_index() == 0:
+        viz.save_png(workdir / f"samples/step_{step:08d}.png", viz.image_grid(viz.to_uint8(x)))
 
 
 def finish(
@@ -281,6 +304,8 @@ def finish(
 ) -> None:
     """Draws the samples, scores them, writes the report and prints what it says."""
     samples = np.concatenate(list(progress(config, draw, state.ema)) or [np.zeros((0, 1, 1, 1))])
+    if jax.process_index():
+        return
     scores = {}
     if len(samples):
         images = viz.to_uint8(samples)
@@ -334,8 +359,12 @@ def finish_table(
 
 def progress(config: ConfigDict, draw: Any, params: Any) -> Iterator[np.ndarray]:
     """Yields batches of samples, under a progress bar."""
+
+    def whole(first_index: int) -> np.ndarray:
+        return sharding.to_host(draw(params, first_index))
+
     with tqdm.tqdm(total=config.sample.num, unit="sample", desc="samples", disable=None) as bar:
-        for batch in sampling.in_batches(functools.partial(draw, params), config.sample.num):
+        for batch in sampling.in_batches(whole, config.sample.num):
             bar.update(len(batch))
             yield batch
 
@@ -343,7 +372,10 @@ def progress(config: ConfigDict, draw: Any, params: Any) -> Iterator[np.ndarray]
 def main() -> None:
     """Runs the command."""
     workdir = Path(FLAGS.workdir or Path("runs") / FLAGS.config.name)
-    train(FLAGS.config, workdir, allow_config_change=FLAGS.allow_config_change)
+    profile = FLAGS.profile and [int(step) for step in FLAGS.profile]
+    if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1]):
+        raise ValueError(f"--profile must be START,STOP with START < STOP, got {FLAGS.profile}")
+    train(FLAGS.config, workdir, allow_config_change=FLAGS.allow_config_change, profile=profile)
 
 
 if __name__ == "__main__":

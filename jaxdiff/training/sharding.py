@@ -152,6 +152,28 @@ def from_rows(arrays: PyTree, sharding: NamedSharding) -> PyTree:
     )
 
 
+def own_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows that this process holds of an array divided along its first axis.
+
+    What several processes hold is the first one's.
+
+    Returns:
+      The rows, `(n, ...)`, and their numbers in the whole array, `(n,)`, ascending.
+    """
+    whole = np.arange(array.shape[0])
+    shards = {}  # by their first row; the copies of a shard are one
+    owners = array.sharding.devices_indices_map(array.shape)
+    for shard in array.addressable_shards:
+        holders = [d.process_index for d, index in owners.items() if index == shard.index]
+        if min(holders) == shard.device.process_index:
+            numbers = whole[shard.index[0]]
+            shards[int(numbers[0])] = np.asarray(shard.data), numbers
+    if not shards:
+        return np.zeros((0, *array.shape[1:]), array.dtype), whole[:0]
+    rows, numbers = zip(*(shards[first] for first in sorted(shards)), strict=True)
+    return np.concatenate(rows), np.concatenate(numbers)
+
+
 def to_host(tree: PyTree) -> PyTree:
     """Returns the whole arrays as NumPy arrays on every process; all processes must call it."""
 

@@ -14,7 +14,6 @@ pytest.importorskip("pandas")
 import pandas as pd
 
 from experiments import build, cohorts, evaluate_table, realism, runs, sample, train
-from experiments.config import default
 from experiments.configs import clinical
 from jaxdiff.data import tables
 
@@ -203,7 +202,7 @@ def test_static_columns_as_conditions(own):
 
 
 def test_an_edited_schema_counts(own, tmp_path):
-    config = runs.load_config(own, default())
+    config = runs.load_config(own)
     edited = json.loads((own / "schema.json").read_text())
     schema = tables.Schema.from_json(edited).replace("change", unit="mm", decimals=1)
     (tmp_path / "schema.json").write_text(json.dumps(schema.to_json()))

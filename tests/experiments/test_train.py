@@ -71,7 +71,7 @@ def test_a_run_directory_explains_itself(finished, capsys):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "config.json", "run.json", "metrics.jsonl", "checkpoints", "samples", "samples.png",
-        "samples.npz", "report.html", "tensorboard",
+        "samples.npz", "report.html", "tensorboard", "losses.f32", ".lock",
     }  # fmt: skip
     config = json.loads((finished / "config.json").read_text())
     assert config == runs.as_json(tiny())
@@ -128,7 +128,7 @@ def test_an_interrupted_run_ends_with_the_same_parameters(finished, tmp_path, mo
         def __getattr__(self, name):
             return getattr(self.batches, name)
 
-    monkeypatch.setattr(build, "make_batches", lambda *args: Dying(real(*args)))
+    monkeypatch.setattr(build, "make_batches", lambda *args, **kwargs: Dying(real(*args, **kwargs)))
     with pytest.raises(KilledError):
         train.train(tiny(), tmp_path)
     monkeypatch.setattr(build, "make_batches", real)
@@ -151,14 +151,18 @@ def test_a_finished_run_is_finished_again(finished, tmp_path, capsys):
 def test_another_configuration_is_refused_unless_told(finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     other = tiny(train={"num_steps": 8})
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def files():
+        return {p: p.read_bytes() for p in tmp_path.rglob("[!.]*") if p.is_file()}  # not the lock
+
+    before = files()
     with pytest.raises(runs.RunError, match=r"(?s)train\.num_steps: 6 there, 8 here.*--workdir"):
         train.train(other, tmp_path)
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert files() == before
     wider = tiny(model={"channels": 16})  # does not fit the checkpoint, told or not
     with pytest.raises(checkpoints.CheckpointError, match="of another model"):
         train.train(wider, tmp_path, allow_config_change=True)
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert files() == before
     state = train.train(other, tmp_path, allow_config_change=True)
     assert int(state.step) == 8
     with pytest.raises(runs.RunError, match=r"at step 8 already, beyond train\.num_steps=6"):
@@ -269,11 +273,14 @@ def test_every_config_makes_a_model_and_a_sampler(module):
 def test_samples_are_the_same_in_any_batches_and_from_any_index(finished):
     config, params, shape, step = sample.load(finished, None, ema=True)
     assert step == 6
-    whole = sample.draw_all(config, params, shape, 0)
+    whole, numbers = sample.draw_all(config, params, shape, 0)
+    np.testing.assert_array_equal(numbers, np.arange(20))
     with np.load(finished / "samples.npz") as archive:
         np.testing.assert_allclose(archive["samples"], whole, atol=1e-5)
     config.update({"sample": {"num": 7, "batch_size": 5}})
-    np.testing.assert_allclose(sample.draw_all(config, params, shape, 9), whole[9:16], atol=1e-5)
+    some, numbers = sample.draw_all(config, params, shape, 9)
+    np.testing.assert_array_equal(numbers, np.arange(9, 16))
+    np.testing.assert_allclose(some, whole[9:16], atol=1e-5)
 
 
 def test_the_reverse_process_is_animated(finished, tmp_path):
@@ -312,7 +319,9 @@ class Broken:
 
 def test_batches_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
     make = build.make_batches
-    monkeypatch.setattr(build, "make_batches", lambda *args: Broken(make(*args), {2, 3, 5}))
+    monkeypatch.setattr(
+        build, "make_batches", lambda *args, **kwargs: Broken(make(*args, **kwargs), {2, 3, 5})
+    )
     state = train.train(tiny(), tmp_path / "run")
     assert int(state.step) == 6
     assert int(state.skipped.total) == 3
@@ -324,7 +333,9 @@ def test_batches_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
 
 def test_many_in_a_row_end_the_run_and_lose_nothing(tmp_path, monkeypatch):
     make = build.make_batches
-    monkeypatch.setattr(build, "make_batches", lambda *args: Broken(make(*args), {2, 3, 4, 5}))
+    monkeypatch.setattr(
+        build, "make_batches", lambda *args, **kwargs: Broken(make(*args, **kwargs), {2, 3, 4, 5})
+    )
     config = tiny()
     config.train.max_skipped = 3
     with pytest.raises(runs.RunError, match=r"3 batches in a row up to step 4 .*3 in all"):
@@ -349,8 +360,8 @@ def test_a_run_from_before_batches_were_skipped_is_read(tmp_path):
 def test_a_half_written_line_of_metrics_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    metrics = runs.Metrics(path, 2)
-    metrics.write(step=3, loss=0.5)
-    metrics.close()
+    with runs.Metrics(tmp_path, 2) as metrics:
+        metrics.write(step=3, losses=np.float32([0.5]), loss=0.5)
+    np.testing.assert_array_equal(runs.read_losses(tmp_path), [np.nan, np.nan, 0.5])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}] == metrics.lines

@@ -112,5 +112,9 @@ def test_rows_come_back_in_order():
     divided = sharding.from_rows(x, sharding.rows(mesh))
     assert divided.addressable_shards[0].data.shape == (2, 3)
     np.testing.assert_array_equal(sharding.to_host(divided), x)
+    for place in (sharding.rows(mesh), sharding.everywhere(mesh)):
+        own, numbers = sharding.own_rows(jax.device_put(x, place))
+        np.testing.assert_array_equal(own, x)
+        np.testing.assert_array_equal(numbers, np.arange(16))
     stacked = sharding.from_rows(x[None], sharding.rows(mesh, axis=1))
     assert stacked.addressable_shards[0].data.shape == (1, 2, 3)
