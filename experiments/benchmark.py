@@ -1,14 +1,21 @@
-"""What sampling costs beyond the network: compile time, memory and the loop itself.
+"""What sampling costs beyond the network, and training beyond its steps.
 
     python -m experiments.benchmark
     python -m experiments.benchmark --config=experiments/configs/digits.py --batch_size=64
+    python -m experiments.benchmark --train
+
+Of sampling: compile time, memory and the loop itself. `--train`: the training loop, with its data,
+metrics and a checkpoint, against calls of the compiled train step one after the other on a batch
+that is on the device already.
 
 Ratios are of times measured in one run, the two sides in turn; medians over the repeats.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +23,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tqdm
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import build, drawing, runs, runtime
+from experiments import build, drawing, loop, runs, runtime, train
+from jaxdiff import data
 from jaxdiff.base import PyTree
+from jaxdiff.training import TrainState, checkpoints, sharding
 
 FLAGS = flags.FLAGS
 SHAPES = {"digits": (8, 8, 1), "mnist": (32, 32, 1), "fashion_mnist": (32, 32, 1)}
@@ -30,6 +40,8 @@ SHAPES = {"digits": (8, 8, 1), "mnist": (32, 32, 1), "fashion_mnist": (32, 32, 1
 def define_flags() -> None:
     """Defines the command's flags; not on import, where they would meet another command's."""
     config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs/mnist.py"))
+    flags.DEFINE_bool("train", False, "The training loop, instead of sampling.")
+    flags.DEFINE_integer("train_steps", 20, "Steps of the timed loop.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 8, "Samples at a time.", lower_bound=1)
     flags.DEFINE_integer("steps", 10, "Steps of the timed sampler.", lower_bound=1)
     flags.DEFINE_integer("repeats", 7, "How often each side is timed.", lower_bound=1)
@@ -110,8 +122,80 @@ def loop_costs(config: ConfigDict, params: PyTree, steps: int, repeats: int) -> 
     }
 
 
+def training_costs(config: ConfigDict, steps: int, repeats: int) -> dict[str, Any]:
+    """Returns the speed of the training loop as a share of that of its steps alone.
+
+    The data are random images of the configuration's size, 10,000 of them.
+    """
+    size = shape_of(config)
+    pixels = np.random.default_rng(0).integers(0, 256, (10_000, *size), dtype=np.uint8)
+    source = data.from_arrays(pixels, labels=np.zeros(len(pixels), np.int32))
+    config = config.copy_and_resolve_references()
+    config.train.num_steps = steps * (2 * repeats + 2)
+    config.train.checkpoint_every, config.train.sample_every = steps * config.train.num_steps, 0
+    mesh = build.make_mesh(config)
+    stage = train.make_stage(config, config.train.num_steps, 0, source, mesh, None)
+    places = sharding.fully_sharded(mesh, stage.like)
+    state = jax.jit(stage.init, out_shardings=places)()
+    place = sharding.rows(mesh)
+    same = itertools.repeat(sharding.from_rows(next(stage.batches), place))
+
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder)
+        runs.write_json(workdir / "config.json", runs.as_json(config))
+        with (
+            checkpoints.open_folder(workdir / "checkpoints") as saved,
+            runs.Metrics(workdir, 0) as metrics,
+        ):
+
+            def looped(state: TrainState) -> TrainState:
+                last = int(state.step) + steps
+                return loop.run(
+                    config, state, stage.advance, stage.batches, saved, metrics, last=last
+                )
+
+            def alone(state: TrainState) -> TrainState:
+                return stage.advance(state, same, steps)[0]
+
+            sides = {"loop": looped, "steps": alone}
+            times: dict[str, list[float]] = {name: [] for name in sides}
+            for repeat in tqdm.trange(repeats + 1, desc="repeats", disable=None):
+                for name, side in sides.items():
+                    start = time.perf_counter()
+                    state = jax.block_until_ready(side(state))
+                    if repeat:  # the first compiles
+                        times[name].append(time.perf_counter() - start)
+    ratios = [b / a for a, b in zip(times["loop"], times["steps"], strict=True)]
+    return {
+        "steps": steps,
+        "repeats": repeats,
+        "batch_size": config.train.batch_size,
+        "loop_s": statistics.median(times["loop"]),
+        "steps_s": statistics.median(times["steps"]),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
+
+
+def tell_training(found: dict[str, Any]) -> None:
+    """Prints what `training_costs` found."""
+    print(
+        f"{found['steps']} training steps of {found['batch_size']} examples: the loop "
+        f"{found['loop_s']:.3f} s, the steps alone {found['steps_s']:.3f} s; speed of the loop "
+        f"{found['ratio']:.3f} of theirs ({found['ratio_min']:.3f} to {found['ratio_max']:.3f})"
+    )
+
+
 def main() -> None:
     """Runs the command."""
+    if FLAGS.train:
+        found = training_costs(FLAGS.config, FLAGS.train_steps, FLAGS.repeats)
+        tell_training(found)
+        if FLAGS.out:
+            runs.write_json(Path(FLAGS.out), {"train": found})
+            print(f"wrote {FLAGS.out}")
+        return
     jax.config.update("jax_enable_compilation_cache", False)  # it would hide the compile time
     config = FLAGS.config
     config.sample.batch_size = FLAGS.batch_size

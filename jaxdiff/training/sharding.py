@@ -144,12 +144,16 @@ def from_rows(arrays: PyTree, sharding: NamedSharding) -> PyTree:
     """Returns global arrays, made of the rows that each process brings.
 
     Args:
-      arrays: NumPy arrays, this process's rows.
+      arrays: NumPy arrays, this process's rows; what is global already stays as it is.
       sharding: that of `rows`.
     """
-    return jax.tree.map(
-        lambda array: jax.make_array_from_process_local_data(sharding, array), arrays
-    )
+
+    def place(array: Any) -> jax.Array:
+        if isinstance(array, jax.Array):
+            return array
+        return jax.make_array_from_process_local_data(sharding, array)
+
+    return jax.tree.map(place, arrays)
 
 
 def own_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from experiments import report, runs
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "--config.model.channels=16", "--config.model.channel_multipliers=(1,2)",
+    "--config.model.channels=16", "--config.model.channel_multipliers=(1,)",
     "--config.model.dropout=0.1", "--config.data.flip=True", "--config.train.batch_size=16",
     "--config.train.log_every=1", "--config.train.checkpoint_every=10",
     "--config.train.sample_every=0", "--config.optimizer.warmup_steps=2",
