@@ -133,8 +133,9 @@ def join() -> None:
     if coordinator is None:
         if any(value is not None for value in given.values()):
             raise ValueError("--num_processes and --process_id need --coordinator=HOST:PORT")
-        if _in_a_cluster():
-            jax.distributed.initialize()
+        if not _in_a_cluster():
+            return
+        jax.distributed.initialize()
     else:
         missing = [f"--{name}" for name, value in given.items() if value is None]
         if missing and not _in_a_cluster():
