@@ -25,12 +25,14 @@ def save_samples(
     options: Mapping[str, Any],
     numbers: np.ndarray | None = None,
     labels: Any = None,
+    *,
+    shared: bool = False,
 ) -> Path:
     """Writes STEM.png, a picture of the first samples, and STEM.npz, all of them.
 
     The archive holds `samples`, float32 as drawn; `images`, uint8; `index`, their numbers;
-    `options`, JSON; and `labels`, the classes asked for, if any. Of several processes each writes
-    its share to an archive of its own, and the first one the picture.
+    `options`, JSON; and `labels`, the classes asked for, if any. Where each of several processes has
+    a share of the samples, it writes it to an archive of its own, and the first one the picture.
 
     Returns:
       The archive's path.
@@ -40,7 +42,7 @@ def save_samples(
         scale = max(1, 64 // images.shape[1])  # small images are enlarged enough to be recognised
         viz.save_png(stem.with_suffix(".png"), viz.image_grid(images[:SHOWN], scale=scale))
     path = stem.with_suffix(".npz")
-    if jax.process_count() > 1:
+    if shared and jax.process_count() > 1:
         part = f"{stem.name}-{jax.process_index():05d}-of-{jax.process_count():05d}.npz"
         path = stem.with_name(part)
     temporary = path.with_suffix(".tmp.npz")

@@ -270,7 +270,7 @@ def main() -> None:
     options = {**config.sample.to_dict(), "step": step, "ema": FLAGS.ema}
     labels = drawing.make_labels(config, FLAGS.first_index, config.sample.num)
     labels = labels if labels is None else np.asarray(labels)[numbers - FLAGS.first_index]
-    path = report.save_samples(out / "samples", samples, options, numbers, labels)
+    path = report.save_samples(out / "samples", samples, options, numbers, labels, shared=True)
     if FLAGS.gif:
         save_gif(out / "samples.gif", config, params, shape, FLAGS.first_index, weak)
     print(f"drew {config.sample.num} samples with the parameters of step {step}")
