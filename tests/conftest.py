@@ -1,6 +1,7 @@
 """Settings of all tests: strict JAX, eight virtual devices, a fixed hypothesis profile."""
 
 import atexit
+import os
 import shutil
 import tempfile
 
@@ -11,14 +12,36 @@ from hypothesis import settings
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Tests that build the same program again need not compile it again.
-_cache = tempfile.mkdtemp(prefix="jaxdiff-tests-")
-atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-jax.config.update("jax_compilation_cache_dir", _cache)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+# All workers, and the commands that tests run, share one cache of compiled programs and one folder
+# of data sets, of the process that starts them: what is the same is made once.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _shared = tempfile.mkdtemp(prefix="jaxdiff-tests-")
+    atexit.register(shutil.rmtree, _shared, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_shared, "cache")
+    os.environ["TFDS_DATA_DIR"] = os.path.join(_shared, "tfds")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 settings.register_profile("jaxdiff", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("jaxdiff")
+
+# The least effort of XLA: the programs of most tests are small, run a few times and took most of
+# their time to compile, which takes about a fifth of it so. Slow tests run long: not for them.
+QUICK_TO_COMPILE = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
+
+
+def pytest_configure(config):
+    """Sets what this process and those that it starts read when they first compile or fit."""
+    # Each worker has its core: scikit-learn's threads would spin while they wait for another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if "not slow" in config.option.markexpr:
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        flags += [flag for flag in QUICK_TO_COMPILE if flag not in flags]
+        os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
 @pytest.fixture(scope="module", autouse=True)

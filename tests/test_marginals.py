@@ -7,7 +7,7 @@ number of steps. At 1000 steps the samples are also compared with the process's 
 """
 
 import itertools
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from scipy import special, stats
 from jaxdiff import denoisers, grids, rng, sampling, solvers
 from jaxdiff.base import Info, Solver, SolverState
 from jaxdiff.predictions import eps_from_x0
-from tests.solver_table import MEANS, MIXTURE, SCHEDULE, SOLVERS, STDS, WEIGHTS
+from tests.solver_table import LONG, MEANS, MIXTURE, SCHEDULE, SOLVERS, STDS, WEIGHTS
 
 MEAN, STD = 0.6, 0.4
 GAUSSIAN = denoisers.gaussian([MEAN], [STD])
@@ -68,7 +68,7 @@ def points(grid):
 def draw(exact, solver, grid, num, every=1, seed=0):
     """States at the nodes after the first, `(K, num)`, started from the true marginal."""
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=LONG if every > 1 or solver.one_path else None)
     def run():
         keys = rng.per_example(jax.random.key(seed), jnp.arange(num))
         noise = rng.normal(rng.stream(keys, rng.Stream.START), (1,))
@@ -170,9 +170,10 @@ def quantiles(cdf, low, high, num):
     return np.interp((np.arange(num) + 0.5) / num, cdf(x), x)
 
 
-def mixture_reference(grid, eta, num=2000):
-    """Yields the cdf of the states at the nodes after the first, by quadrature over quantiles."""
-    nodes = points(grid)
+@cache  # several solvers have the same one
+def mixture_reference(num_steps, eta, num=2000):
+    """The cdfs of the states at the nodes after the first, by quadrature over quantiles."""
+    nodes, cdfs = points(grids.trailing(SCHEDULE, num_steps)), []
     q = quantiles(partial(mixture_cdf, node=nodes[0]), -6, 6, num)
     for now, next in itertools.pairwise(nodes):
         a, b, tau = coefficients(now, next, eta)
@@ -180,12 +181,18 @@ def mixture_reference(grid, eta, num=2000):
         if tau == 0:
             q = means
             levels = (np.arange(num) + 0.5) / num
-            yield lambda x, q=q, levels=levels: np.interp(x, q, levels, left=0, right=1)
+            cdfs.append(partial(np.interp, xp=q, fp=levels, left=0, right=1))
         else:
             x = np.linspace(means[0] - 6 * tau, means[-1] + 6 * tau, 800)
             values = special.ndtr((x[:, None] - means) / tau).mean(1)
             q = np.interp((np.arange(num) + 0.5) / num, values, x)
-            yield lambda y, x=x, values=values: np.interp(y, x, values, left=0, right=1)
+            cdfs.append(partial(np.interp, xp=x, fp=values, left=0, right=1))
+    return cdfs
+
+
+def distance(x, cdf):
+    """The Kolmogorov-Smirnov distance; without the p-value, which takes longer."""
+    return stats.kstest(x, cdf, method="asymp").statistic
 
 
 def ks_bound(num, tests):
@@ -200,8 +207,7 @@ def test_mixture_distribution_at_every_node(name, num_steps):
     grid = grids.trailing(SCHEDULE, num_steps)
     states = draw(MIXTURE, solver, grid, 8000)
     distances = [
-        stats.kstest(x, cdf).statistic
-        for x, cdf in zip(states, mixture_reference(grid, eta), strict=True)
+        distance(x, cdf) for x, cdf in zip(states, mixture_reference(num_steps, eta), strict=True)
     ]
     # 0.003: the quadrature's own error, from doubling the number of quantiles.
     assert max(distances) < ks_bound(8000, num_steps) + 0.003
@@ -220,8 +226,7 @@ def test_mixture_at_many_steps_is_the_process(name):
     states = draw(MIXTURE, SOLVERS[name].solver, grid, 8000, every=every)
     nodes = points(grid)[every::every]
     distances = [
-        stats.kstest(x, partial(mixture_cdf, node=node)).statistic
-        for x, node in zip(states, nodes, strict=True)
+        distance(x, partial(mixture_cdf, node=node)) for x, node in zip(states, nodes, strict=True)
     ]
     assert max(distances) < ks_bound(8000, len(nodes)) + 0.005  # 0.005: the error of 1000 steps
 
@@ -230,8 +235,7 @@ def test_the_wrong_formula_fails_on_the_mixture_too():
     grid = grids.trailing(SCHEDULE, 50)
     states = draw(MIXTURE, wrong_ddpm(), grid, 8000)
     distances = [
-        stats.kstest(x, cdf).statistic
-        for x, cdf in zip(states, mixture_reference(grid, 1.0), strict=True)
+        distance(x, cdf) for x, cdf in zip(states, mixture_reference(50, 1.0), strict=True)
     ]
     assert max(distances) > 5 * ks_bound(8000, 50)
 
@@ -249,7 +253,7 @@ def test_second_order_noise_is_right_where_first_order_noise_is_not_yet():
     grid = grids.trailing(SCHEDULE, 40)
     true = partial(mixture_cdf, node=(1.0, 0.0))
     first, second = (
-        stats.kstest(draw(MIXTURE, SOLVERS[name].solver, grid, 20000)[-1], true).statistic
+        distance(draw(MIXTURE, SOLVERS[name].solver, grid, 20000)[-1], true)
         for name in ("ddpm", "sde_dpm_solver_pp_2m")
     )
     assert second < first

@@ -10,7 +10,7 @@ from scipy.integrate import solve_ivp
 
 from jaxdiff import denoisers, grids, rng, sampling, schedules, solvers
 from jaxdiff.base import Node, Prediction, SolverState
-from tests.solver_table import MIXTURE, SCHEDULE, SOLVERS, vp_grid
+from tests.solver_table import LONG, MIXTURE, SCHEDULE, SOLVERS, vp_grid
 
 DETERMINISTIC = [name for name, case in SOLVERS.items() if case.order]
 
@@ -210,7 +210,10 @@ def test_an_sde_solver_follows_one_path_on_all_grids():
         def run(n):
             grid = grids.trailing(SCHEDULE, n)
             return jax.jit(
-                lambda: sampling.sample(jax.random.key(0), MIXTURE.denoiser, solver, grid, (500, 1))
+                lambda: sampling.sample(
+                    jax.random.key(0), MIXTURE.denoiser, solver, grid, (500, 1)
+                ),
+                compiler_options=LONG if solver.one_path else None,
             )()
 
         xs = [run(n) for n in (62, 250, 500, 1000)]

@@ -28,15 +28,6 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def data_dir(tmp_path_factory):
-    """Data sets of this module alone."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    yield
-    patch.undo()
-
-
 def tiny():
     """A run with labels, whose samples are guided; with all that a student has not."""
     config = digits.get_config()

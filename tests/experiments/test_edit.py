@@ -32,15 +32,6 @@ def frames(path):
         return picture.n_frames
 
 
-@pytest.fixture(scope="module", autouse=True)
-def data_dir(tmp_path_factory):
-    """Data sets of this module alone."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    yield
-    patch.undo()
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run directory with a checkpoint; the network listens to the labels."""

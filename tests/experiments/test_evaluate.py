@@ -27,15 +27,6 @@ ROOT = Path(__file__).parents[2]
 EXACT = denoisers.gaussian(np.zeros(6), 0.3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def data_dir(tmp_path_factory):
-    """Data sets of this module alone."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    yield
-    patch.undo()
-
-
 def tiny(module=digits_learned_variance, **changes):
     config = module.get_config()
     config.update(
