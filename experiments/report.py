@@ -31,8 +31,8 @@ def save_samples(
     """Writes STEM.png, a picture of the first samples, and STEM.npz, all of them.
 
     The archive holds `samples`, float32 as drawn; `images`, uint8; `index`, their numbers;
-    `options`, JSON; and `labels`, the classes asked for, if any. Where each of several processes has
-    a share of the samples, it writes it to an archive of its own, and the first one the picture.
+    `options`, JSON; and `labels`, the classes asked for, if any. Where several processes have a
+    share of the samples each, they write it to archives of their own, and the first the picture.
 
     Returns:
       The archive's path.
