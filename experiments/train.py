@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,9 @@ def train(
 
             snapshot = None
             if config.averages.snapshot_every:
+                if jax.process_index() == 0:
+                    drop_snapshots(workdir / "snapshots", position)
+                sharding.barrier("snapshots")
                 kept = stack.enter_context(
                     checkpoints.open_folder(workdir / "snapshots", keep=None)
                 )
@@ -278,6 +282,13 @@ def resume(
     saved_in = next(part for part in parts if step <= part.last)
     saved_in.batches.set_state(restored.data)
     return restored.state, step
+
+
+def drop_snapshots(folder: Path, step: int) -> None:
+    """Removes the snapshots of steps after `step`: they are of work that was lost, and is redone."""
+    for path in folder.glob("[0-9]*"):
+        if path.name.isdigit() and int(path.name) > step:
+            shutil.rmtree(path)
 
 
 def save_snapshot(kept: checkpoints.Checkpointer, state: TrainState) -> None:

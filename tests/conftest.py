@@ -38,7 +38,8 @@ def pytest_configure(config):
     """Sets what this process and those that it starts read when they first compile or fit."""
     # Each worker has its core: scikit-learn's threads would spin while they wait for another.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if "not slow" in config.option.markexpr:
+    # Only where they are known: another flag ends the process.
+    if "not slow" in config.option.markexpr and jax.__version_info__[:2] == (0, 10):
         flags = os.environ.get("XLA_FLAGS", "").split()
         flags += [flag for flag in QUICK_TO_COMPILE if flag not in flags]
         os.environ["XLA_FLAGS"] = " ".join(flags)
