@@ -285,7 +285,7 @@ def resume(
 
 
 def drop_snapshots(folder: Path, step: int) -> None:
-    """Removes the snapshots of steps after `step`: they are of work that was lost, and is redone."""
+    """Removes the snapshots of steps after `step`: they are of work that is done again."""
     for path in folder.glob("[0-9]*"):
         if path.name.isdigit() and int(path.name) > step:
             shutil.rmtree(path)

@@ -22,8 +22,8 @@ SMALL = [
     "--config.model.dropout=0.1", "--config.data.flip=True", "--config.train.batch_size=16",
     "--config.train.log_every=1", "--config.train.checkpoint_every=10",
     "--config.train.sample_every=0", "--config.optimizer.warmup_steps=2",
-    "--config.optimizer.decay=constant", "--config.sample.num=12", "--config.sample.batch_size=8", "--config.sample.steps=4",
-    "--config.evaluate.neighbours=0",
+    "--config.optimizer.decay=constant", "--config.evaluate.neighbours=0",
+    "--config.sample.num=12", "--config.sample.batch_size=8", "--config.sample.steps=4",
 ]  # fmt: skip
 
 
