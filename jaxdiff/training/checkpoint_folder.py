@@ -35,6 +35,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         self.read_only = read_only
         self._keep = keep
         self._saving: int | None = None  # the step of a save that is under way
+        self._response: Any = None  # Orbax's, of that save
         self._failed = False
         self._orbax = self._open()
 
@@ -67,7 +68,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         with self._saves(step):
             if not self.directory.is_dir():  # Orbax would make another
                 raise FileNotFoundError(f"{self.directory} has vanished")
-            self.orbax.save_checkpointables_async(
+            self._response = self.orbax.save_checkpointables_async(
                 step, {"state": tree}, force=True, custom_metadata=metadata
             )
         self._saving = step
@@ -78,8 +79,15 @@ class Checkpointer(contextlib.AbstractContextManager):
         Raises:
           CheckpointError: it failed.
         """
-        with self._saves(self._saving):
-            self._orbax.wait()
+        response, self._response = self._response, None
+        try:
+            with self._saves(self._saving):
+                self._orbax.wait()
+        finally:
+            if response is not None:
+                # It has a thread, which ends when it is asked, and tells the same once more.
+                with contextlib.suppress(Exception):
+                    response.result()
         self._saving = None
 
     def close(self) -> None:
@@ -117,13 +125,12 @@ class Checkpointer(contextlib.AbstractContextManager):
     def _open(self) -> ocp.training.Checkpointer:
         # Replicas share the writing of large arrays only: cutting up small ones costs more than it
         # saves (about 2 s a save for the digits network on 8 devices).
-        arrays = ocp.options.ArrayOptions(
-            saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2**20)
-        )
+        context = ocp.Context()
+        context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
         policies = ocp.training.preservation_policies
         return ocp.training.Checkpointer(
             self.directory,
-            context=ocp.Context(array_options=arrays),
+            context=context,
             preservation_policy=policies.LatestN(self._keep) if self._keep else None,
             step_name_format=_Readable(),
             cleanup_tmp_directories=not self.read_only,

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -280,6 +281,7 @@ class FakeState:
     b: jax.Array
     history: None = None
     skipped: None = None
+    averages: None = None
 
 
 def test_other_types_come_back_after_the_check(folder):
@@ -460,3 +462,17 @@ def test_nothing_is_pickled(folder):
             assert b"pickle" not in path.read_bytes().lower()
     metadata = json.loads((folder / "7" / "_CHECKPOINT_METADATA").read_text())
     assert metadata["custom_metadata"]["config"] == CONFIG
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts the files that are open")
+def test_saves_leave_no_files_and_threads_behind(tmp_path):
+    def in_use():
+        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+    with checkpoints.open_folder(tmp_path, keep=2) as saved:
+        for step in range(6):
+            checkpoints.save(saved, make_state(step), data={}, config=CONFIG)
+            saved.wait()
+            if step == 2:  # threads that are kept and used again have been started
+                before = in_use()
+        assert in_use() <= before
