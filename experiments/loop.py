@@ -168,9 +168,12 @@ def run(
 
     while step < last:
         if notice is not None and notice.given(step):
+            saved.wait()  # it may be of this very step
             if step and (saved.latest is None or saved.latest < step):
                 save()
                 saved.wait()
+            tracer.stop(state)
+            bar.close()
             raise runtime.PreemptedError(step)
         tracer.at(step, state)
         count = each if step % each == 0 and step + each <= last else 1
