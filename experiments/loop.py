@@ -164,6 +164,8 @@ def run(
     timed, since, begun = Timed(batches), time.monotonic(), step
 
     def save() -> None:
+        if pending:  # or they would be lost to a run that goes on from here
+            metrics.keep(step, fetch(pending)["loss"])
         checkpoints.save(saved, state, data=batches.get_state(), config=resolved)
 
     while step < last:

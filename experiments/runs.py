@@ -255,7 +255,7 @@ class Metrics:
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         first = jax.process_index() == 0
         self._file = self.path.open("a", buffering=1) if first else None
-        self._losses = _open_losses(workdir, step) if first else None
+        self._losses, self._known = _open_losses(workdir, step) if first else None, step
         self._board = _tensorboard(workdir / "tensorboard") if tensorboard and first else None
 
     def __enter__(self) -> Metrics:
@@ -266,11 +266,17 @@ class Metrics:
             if file:
                 file.close()
 
-    def write(self, *, step: int, losses: np.ndarray, **values: Any) -> None:
-        """Appends a line, and the losses of the steps since the last."""
+    def keep(self, step: int, losses: np.ndarray) -> None:
+        """Appends those of the losses of the last steps up to `step` that are not kept yet."""
+        new = losses[len(losses) - (step - self._known) :]
+        self._known = step
         if self._losses:
-            self._losses.write(losses.astype("<f4").tobytes())
+            self._losses.write(new.astype("<f4").tobytes())
             self._losses.flush()
+
+    def write(self, *, step: int, losses: np.ndarray, **values: Any) -> None:
+        """Appends a line, and the losses as `keep` does."""
+        self.keep(step, losses)
         line = {"step": step, **values}
         self.lines.append(line)
         if self._file:
