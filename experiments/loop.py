@@ -164,6 +164,7 @@ def run(
     timed, since, begun = Timed(batches), time.monotonic(), step
 
     def save() -> None:
+        runs.check_there(workdir)
         if pending:  # or they would be lost to a run that goes on from here
             metrics.keep(step, fetch(pending)["loss"])
         checkpoints.save(saved, state, data=batches.get_state(), config=resolved)
@@ -196,11 +197,12 @@ def run(
             check_finite(options.max_skipped, line, step)
             pending, timed.waited, since, begun = [], 0.0, time.monotonic(), step
         if step % options.checkpoint_every == 0 or step == last:
-            runs.check_there(workdir)
             save()
         if snapshot and step % config.averages.snapshot_every == 0:
+            runs.check_there(workdir)
             snapshot(state)
         if preview and step % options.sample_every == 0 and step < options.num_steps:
+            runs.check_there(workdir)
             preview(state.ema, step)
     tracer.stop(state)
     bar.close()

@@ -317,6 +317,7 @@ def finish(
     samples = np.concatenate(list(progress(config, draw, state.ema)) or [np.zeros((0, 1, 1, 1))])
     if jax.process_index():
         return
+    runs.check_there(workdir)
     scores = {}
     if len(samples):
         images = viz.to_uint8(samples)
@@ -353,6 +354,7 @@ def finish_table(
         templates, schema = cohorts.load_templates(workdir), cohort.codec.schema
         shape = cohort.sequences.x0.shape[1:]
         synthetic = cohorts.draw_table(config, state.ema, shape, templates, compiled=draw)
+        runs.check_there(workdir)
         tables.write_table(synthetic, workdir / "synthetic.csv", schema)
         real = cohort.table if cohort.held_out is None else cohort.held_out
         scores = realism.realism(real, synthetic, schema, classify=False)
