@@ -82,12 +82,18 @@ class Notice:
 
     @contextlib.contextmanager
     def looked_at(self) -> Iterator[None]:
-        """Until the end of this block, `given` is asked often."""
+        """Until the end of this block, `given` is asked often.
+
+        Raises:
+          PreemptedError: notice came after it was asked last.
+        """
         self.looking = True
         try:
             yield
         finally:
             self.looking = False
+        if self.flag:  # since it was asked last
+            raise PreemptedError(self.step)
 
     def given(self, step: int) -> bool:
         """Returns whether to stop before the step after `step`."""

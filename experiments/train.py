@@ -94,6 +94,7 @@ def train(
                 checkpoints.open_folder(workdir / "checkpoints", keep=config.train.keep)
             )
             state, position = resume(saved, parts, mesh)
+            notice.step = position
             runs.write_json(workdir / "config.json", runs.as_json(config))
             if cohort:
                 cohorts.save(workdir, cohort)
@@ -114,16 +115,18 @@ def train(
             metrics = stack.enter_context(
                 runs.Metrics(workdir, position, tensorboard=config.train.tensorboard)
             )
-            for part in parts:
-                preview = None
-                if config.train.sample_every:
-                    preview = functools.partial(save_preview, workdir, part.draw)
-                with notice.looked_at():
+            with notice.looked_at():
+                for part in parts:
+                    preview = None
+                    if config.train.sample_every:
+                        preview = functools.partial(save_preview, workdir, part.draw)
                     state = loop.run(
                         part.config, state, part.advance, part.batches, saved, metrics,
                         last=min(part.last, until or part.last), preview=preview,
                         snapshot=snapshot, profile=profile, notice=notice,
                     )  # fmt: skip
+                saved.wait()  # before notice may end the program anywhere
+                notice.step = int(state.step)
         if until is not None and until < parts[-1].last:
             return state
         about["sha256"] = runs.fingerprint({"params": state.params, "ema": state.ema})
