@@ -63,15 +63,16 @@ def reproduce(workdir: Path, out: Path, until: int | None = None) -> dict[str, A
         config.mesh.update(layout)
     state = train.train(config, out, until=until)
     again = runs.read_losses(out)[:until]
-    # Bits, so that what is not a number is the same as itself.
-    differ = np.flatnonzero(again.view(np.uint32) != recorded[:until].view(np.uint32))
+    # What is not a number was not recorded, or if it was, shows in the steps that follow.
+    known = ~np.isnan(recorded[:until])
+    differ = np.flatnonzero(known & (again.view(np.uint32) != recorded[:until].view(np.uint32)))
     at, arrays = compare_parameters(workdir, out, state)
     environment = runs.differences(
         {key: about.get(key) for key in ENVIRONMENT},
         {key: runs.about(out).get(key) for key in ENVIRONMENT},
     )
     return {
-        "steps": until,
+        "steps": int(known.sum()),
         "first": int(differ[0]) + 1 if len(differ) else None,
         "parameters": at,
         "arrays": arrays,
