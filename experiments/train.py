@@ -212,7 +212,6 @@ def check(config: ConfigDict) -> None:
       ValueError: a count is out of range or does not fit another.
     """
     for section, key, least in (
-        ("train", "batch_size", 1),
         ("train", "microbatches", 1),
         ("train", "num_steps", 1),
         ("train", "steps_per_dispatch", 1),
@@ -259,6 +258,9 @@ def check(config: ConfigDict) -> None:
     if config.averages.snapshot_every and not config.averages.sigma_rels:
         raise ValueError("averages.snapshot_every keeps those of averages.sigma_rels: name some")
     for stage, _ in build.stages(config):
+        for section, key in (("train", "batch_size"), ("data", "shrink")):
+            if stage[section][key] < 1:
+                raise ValueError(f"{section}.{key} must be at least 1, got {stage[section][key]}")
         if stage.train.batch_size % (jax.device_count() * config.train.microbatches):
             raise ValueError(
                 f"train.batch_size is that of all devices together and must be a multiple of their "
