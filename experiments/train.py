@@ -105,13 +105,11 @@ def train(
 
             snapshot = None
             if config.averages.snapshot_every:
-                if jax.process_index() == 0:
-                    drop_snapshots(workdir / "snapshots", position)
-                sharding.barrier("snapshots")
-                kept = stack.enter_context(
-                    checkpoints.open_folder(workdir / "snapshots", keep=None)
-                )
+                kept = stack.enter_context(open_snapshots(workdir, position))
                 snapshot = functools.partial(save_snapshot, kept)
+                due = position and position % config.averages.snapshot_every == 0
+                if due and position not in kept.steps:  # the checkpoint was the faster one
+                    snapshot(state)
             metrics = stack.enter_context(
                 runs.Metrics(workdir, position, tensorboard=config.train.tensorboard)
             )
@@ -289,11 +287,15 @@ def resume(
     return restored.state, step
 
 
-def drop_snapshots(folder: Path, step: int) -> None:
-    """Removes the snapshots of steps after `step`: they are of work that is done again."""
-    for path in folder.glob("[0-9]*"):
-        if path.name.isdigit() and int(path.name) > step:
-            shutil.rmtree(path)
+def open_snapshots(workdir: Path, step: int) -> checkpoints.Checkpointer:
+    """Opens the folder of kept averages, without those after `step`: they are made again."""
+    folder = workdir / "snapshots"
+    if jax.process_index() == 0:
+        for path in folder.glob("*"):
+            if path.name.isdigit() and int(path.name) > step:
+                shutil.rmtree(path)
+    sharding.barrier("snapshots")
+    return checkpoints.open_folder(folder, keep=None)
 
 
 def save_snapshot(kept: checkpoints.Checkpointer, state: TrainState) -> None:
