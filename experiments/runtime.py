@@ -47,8 +47,12 @@ def scans_are_fast() -> bool:
     return jax.default_backend() != "cpu"
 
 
-class PreemptedError(Exception):
-    """Notice to stop was given, and all that was done is saved."""
+class PreemptedError(BaseException):
+    """Notice to stop was given, and all that was done is saved.
+
+    It may be raised anywhere, like KeyboardInterrupt, and like that is no Exception: nobody must
+    take it for a failure of what was just being done, such as reading a checkpoint.
+    """
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped by SIGTERM at step {step}: give the same command again to go on")

@@ -151,6 +151,20 @@ def test_notice_is_heard_before_and_after_the_loop(undisturbed, tmp_path, monkey
     assert_same_run(tmp_path, undisturbed / "plain")
 
 
+def test_a_checkpoint_that_is_being_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    train.train(tiny(), tmp_path, until=4)
+    real = checkpoints.checksums.of_tree
+
+    def sending(tree):
+        send()
+        return real(tree)
+
+    monkeypatch.setattr(checkpoints.checksums, "of_tree", sending)
+    with pytest.raises(runtime.PreemptedError, match="stopped by SIGTERM at step 0"):
+        train.train(tiny(), tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+
+
 def test_the_command_says_at_which_step_and_exits_with_75(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
