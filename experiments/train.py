@@ -392,9 +392,13 @@ def progress(config: ConfigDict, draw: Any, params: Any) -> Iterator[np.ndarray]
 def main() -> None:
     """Runs the command."""
     workdir = Path(FLAGS.workdir or Path("runs") / FLAGS.config.name)
-    profile = FLAGS.profile and [int(step) for step in FLAGS.profile]
-    if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1]):
-        raise ValueError(f"--profile must be START,STOP with START < STOP, got {FLAGS.profile}")
+    profile = FLAGS.profile and [int(step) if step.isdigit() else -1 for step in FLAGS.profile]
+    last = FLAGS.config.train.num_steps
+    if profile and not (len(profile) == 2 and 0 <= profile[0] < min(profile[1], last)):
+        raise ValueError(
+            f"--profile must be START,STOP with START < STOP and below train.num_steps={last}, got "
+            f"{','.join(FLAGS.profile)}"
+        )
     train(FLAGS.config, workdir, allow_config_change=FLAGS.allow_config_change, profile=profile)
 
 

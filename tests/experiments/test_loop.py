@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import flax.linen as nn
 import jax
@@ -185,6 +186,15 @@ def test_a_trace_is_recorded(plain):
     traces = list((plain / "profile").rglob("*.xplane.pb"))
     assert len(traces) == 1
     assert traces[0].stat().st_size > 1000
+
+
+@pytest.mark.parametrize("given", ["2", "4,2", "-1,2", "a,b", "1,2,3", "8,9"])
+def test_a_trace_of_no_steps_is_refused(tmp_path, monkeypatch, given):
+    options = {"config": tiny(), "workdir": str(tmp_path / "run"), "profile": given.split(",")}
+    monkeypatch.setattr(train, "FLAGS", types.SimpleNamespace(**options))
+    with pytest.raises(ValueError, match=rf"START,STOP .*num_steps=8, got {given}$"):
+        train.main()
+    assert not (tmp_path / "run").exists()
 
 
 def test_losses_by_quarter_are_sums_over_the_examples_in_it():
