@@ -56,12 +56,14 @@ def reproduce(workdir: Path, out: Path, until: int | None = None) -> dict[str, A
         raise runs.RunError(f"{workdir} has no losses.f32: there is nothing to compare with")
     if out.exists():
         raise runs.RunError(f"{out} exists: choose another --out")
+    sharding.barrier("out")  # of several processes the first will make it
     until = min(until or len(recorded), len(recorded))
     # The same layout, if there are as many devices here.
     layout = about.get("mesh", {})
     if np.prod(list(layout.values())) == jax.device_count():
         config.mesh.update(layout)
     state = train.train(config, out, until=until)
+    sharding.barrier("again")
     again = runs.read_losses(out)[:until]
     # What is not a number was not recorded, or if it was, shows in the steps that follow.
     known = ~np.isnan(recorded[:until])
