@@ -93,6 +93,7 @@ def train(
             saved = stack.enter_context(
                 checkpoints.open_folder(workdir / "checkpoints", keep=config.train.keep)
             )
+            notice.step = saved.latest or 0
             state, position = resume(saved, parts, mesh)
             notice.step = position
             runs.write_json(workdir / "config.json", runs.as_json(config))
