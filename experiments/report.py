@@ -110,8 +110,18 @@ def write(
         steps = [line["step"] for line in lines]
         curves = [
             viz.Lines({name: (steps, [line[name] for line in lines])}, "step", name, log_y=log)
-            for name, log in (("loss", True), ("grad_norm", True), ("steps_per_second", False))
+            for name, log in (
+                *(("loss", True), ("grad_norm", True), ("param_norm", True)),
+                ("steps_per_second", False),
+            )
+            if all(name in line for line in lines)  # not of runs of earlier versions
         ]
+        if all(None not in line.get("loss_by_t", [None]) for line in lines):
+            quarters = {
+                f"quarter {i + 1} of the times": (steps, [line["loss_by_t"][i] for line in lines])
+                for i in range(4)
+            }
+            curves.insert(1, viz.Lines(quarters, "step", "loss", log_y=True))
         sections.append(viz.Section("Training", curves))
     sections.append(viz.Section("Configuration", [runs.as_json(config)]))
     viz.report_html(workdir / "report.html", title=f"jaxdiff: {config.name}", sections=sections)
