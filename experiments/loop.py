@@ -233,7 +233,7 @@ def average(series: Mapping[str, np.ndarray]) -> dict[str, Any]:
         counts["skipped_in_a_row"] = int(np.max(in_a_row))
     done = in_a_row == 0
     done |= not done.any()
-    by_t, count = (series.pop(name, np.zeros((1, 0)))[done].sum(0) for name in BY_T)
+    by_t, count = (series.pop(name, np.zeros((len(done), 0)))[done].sum(0) for name in BY_T)
     line: dict[str, Any] = {name: float(np.mean(value[done])) for name, value in series.items()}
     if count.size:
         line["loss_by_t"] = [float(a / n) if n else None for a, n in zip(by_t, count, strict=True)]

@@ -77,7 +77,7 @@ def load_samples(path: Path) -> dict[str, np.ndarray]:
         try:
             with part.open("rb") as file, np.load(file) as archive:
                 found.append({name: archive[name] for name in archive})
-            found[-1]["images"], found[-1]["index"]  # what every archive of samples has
+            found[-1].setdefault("index", np.arange(len(found[-1]["images"])))
         except (KeyError, ValueError, zipfile.BadZipFile) as error:
             raise runs.RunError(f"{part} is damaged, or not a file of samples: {error}") from error
     order = np.argsort(np.concatenate([part["index"] for part in found]), kind="stable")

@@ -119,7 +119,7 @@ def test_a_distilled_run_is_a_run(taught, distilled):
     names = {path.name for path in distilled.iterdir()}
     assert names == {
         "config.json", "run.json", "metrics.jsonl", "checkpoints", "samples.png", "samples.npz",
-        "report.html",
+        "report.html", "losses.f32", ".lock",
     }  # fmt: skip
     config, params, shape, step = sample.load(distilled, None, ema=True)
     assert (config.name, shape, step) == ("tiny_distilled", (8, 8, 1), 2 * UPDATES)
