@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,6 +18,12 @@ pytest.importorskip("ml_collections")
 from experiments import report, runs
 
 ROOT = Path(__file__).parents[2]
+# As in tests/conftest.py: most of the time here is XLA's, too.
+QUICK_TO_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    if jax.__version_info__[:2] == (0, 10)
+    else ""
+)
 SMALL = [
     "--config.model.channels=16", "--config.model.channel_multipliers=(1,)",
     "--config.model.dropout=0.1", "--config.data.flip=True", "--config.train.batch_size=16",
@@ -37,7 +44,7 @@ def data_dir(tmp_path_factory):
 
 def start(module, devices, *arguments):
     """Starts a command on so many virtual devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
