@@ -121,7 +121,8 @@ def default() -> ConfigDict:
                 "batch_size": 128,  # over all devices
                 "microbatches": 1,  # parts of a batch that are computed one after the other
                 "num_steps": 1000,
-                "steps_per_dispatch": 1,  # steps that run without the host; changes no result
+                # Steps that run without the host, but for CPU, where a loop would be slow.
+                "steps_per_dispatch": 1,
                 "log_every": 100,
                 "checkpoint_every": 1000,
                 "keep": 3,

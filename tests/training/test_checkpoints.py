@@ -21,7 +21,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdiff.training import TrainState, checkpoints, init_state
+from jaxdiff.training import TrainState, checkpoints, init_state, sharding
 
 # Orbax leaves coroutines and threads behind when it fails, which are warned of at any time.
 LEFTOVERS = pytest.mark.filterwarnings("ignore")
@@ -83,6 +83,22 @@ def test_it_comes_back_on_another_mesh(folder):
     assert len(state.params["a"].sharding.device_set) == 8
     assert state.params["a"].addressable_shards[0].data.shape == (1, 16)
     assert_equal(state, make_state(7))
+
+
+def test_what_eight_devices_saved_comes_back_on_fewer(tmp_path):
+    def places(count):
+        mesh = sharding.make_mesh(-1, count, jax.devices()[:count])
+        return sharding.fully_sharded(mesh, make_state(), small=1)
+
+    with checkpoints.open_folder(tmp_path) as saved:
+        divided = jax.device_put(make_state(), places(8))
+        assert divided.params["b"]["c"].addressable_shards[0].data.shape == (64, 8)
+        checkpoints.save(saved, divided, data={}, config=CONFIG)
+        for count in (1, 2, 4):
+            like = sharding.placed(make_state(), places(count))
+            state = checkpoints.restore(saved, like).state
+            assert len(state.params["a"].sharding.device_set) == count
+            assert_equal(state, make_state())
 
 
 def test_what_is_missing_is_named(folder, tmp_path):
