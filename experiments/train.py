@@ -80,10 +80,10 @@ def train(
         cohorts.resolve(config, cohort)
     source = cohorts.make_source(cohort) if cohort else one_by_one(build.make_source, config)
     mesh = build.make_mesh(config)
-    parts = [
-        make_stage(stage, last, i, source, mesh, cohort)
-        for i, (stage, last) in enumerate(build.stages(config))
-    ]
+    parts: list[Stage] = []
+    for i, (stage, last) in enumerate(build.stages(config)):
+        arrays = parts[0].arrays if parts else None
+        parts.append(make_stage(stage, last, i, source, mesh, cohort, arrays))
     config, shape = parts[-1].config, parts[-1].shape  # what the model is for
     runs.open_workdir(workdir, config, allow_change=allow_config_change)
 
@@ -146,6 +146,7 @@ class Stage:
       shape: that of one example.
       init: makes the state before the first step, `init()`.
       like: the state's shapes and types.
+      arrays: the data, if they reside on the devices.
       advance: the compiled step.
       batches: the iterator over what it takes.
       draw: draws samples.
@@ -156,6 +157,7 @@ class Stage:
     shape: tuple[int, ...]
     init: Callable[[], TrainState]
     like: TrainState
+    arrays: Any
     advance: loop.Advance
     batches: Any
     draw: Callable[..., Any]
@@ -168,14 +170,19 @@ def make_stage(
     source: Any,
     mesh: Mesh,
     cohort: cohorts.Cohort | None,
+    arrays: Any = None,
 ) -> Stage:
-    """Makes all that a stage needs; nothing is compiled yet, and nothing written."""
+    """Makes all that a stage needs; nothing is compiled yet, and nothing written.
+
+    `arrays` are those of another stage, if the data reside on the devices: one copy serves all.
+    """
     shape, own = build.example_shape(config, source), cohort.own if cohort else None
     init, step = build.make_training(config, shape, own, mesh)
-    arrays, take = None, None
+    take = None
     if config.data.resident:
-        arrays, batches, take = build.make_resident(config, source, stage=index)
-        arrays = jax.device_put(arrays, sharding.everywhere(mesh))
+        found, batches, take = build.make_resident(config, source, stage=index)
+        if arrays is None:
+            arrays = jax.device_put(found, sharding.everywhere(mesh))
     else:
         batches = build.make_batches(config, source, stage=index)
     told = config.labels.num_classes or cohort
@@ -193,7 +200,7 @@ def make_stage(
         at_once=config.train.steps_per_dispatch,
     )
     draw = cohorts.make_draw(config, shape, own) if cohort else drawing.make_draw(config, shape)
-    return Stage(config, last, shape, init, like, advance, batches, draw)
+    return Stage(config, last, shape, init, like, arrays, advance, batches, draw)
 
 
 def one_by_one(make: Callable[..., Any], *args: Any) -> Any:

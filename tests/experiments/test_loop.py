@@ -4,7 +4,6 @@ import json
 import shutil
 import types
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,27 +14,19 @@ pytest.importorskip("grain")
 pytest.importorskip("ml_collections")
 
 from experiments import build, loop, runs, runtime, train
-from experiments.configs import digits
 from jaxdiff.training import init_state, make_train_step, sharding
+from tests import small_runs
+
+OWN = {
+    "model": {"channels": 8, "channel_multipliers": (1,), "dropout": 0.1},
+    "data": {"flip": True, "dequantize": True},
+    "optimizer": {"warmup_steps": 2},
+    "train": {"batch_size": 16, "num_steps": 8, "log_every": 4, "checkpoint_every": 4},
+}
 
 
 def tiny(**changes):
-    config = digits.get_config()
-    config.update(
-        {
-            "model": {"channels": 8, "channel_multipliers": (1,), "dropout": 0.1},
-            "data": {"flip": True, "dequantize": True},
-            "optimizer": {"warmup_steps": 2},
-            "train": {
-                "batch_size": 16, "num_steps": 8, "log_every": 4, "checkpoint_every": 4,
-                "sample_every": 0,
-            },
-            "sample": {"num": 0},
-            "evaluate": {"neighbours": 0},
-        }
-    )  # fmt: skip
-    config.update(changes)
-    return config
+    return small_runs.tiny(OWN, changes)
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +37,9 @@ def plain(tmp_path_factory):
     return workdir
 
 
-class Pointwise(nn.Module):
-    """A network that sees a pixel at a time, and compiles at once."""
-
-    @nn.compact
-    def __call__(self, x, noise_level, cond=None, *, dropout_keys=None):
-        level = jnp.reshape(noise_level, (-1, *[1] * (x.ndim - 1))) / 1000
-        hidden = jnp.concatenate([x, jnp.broadcast_to(level, x.shape)], -1)
-        return nn.Dense(x.shape[-1])(nn.tanh(nn.Dense(16)(hidden)))
-
-
 @pytest.fixture
 def pointwise(monkeypatch):
-    monkeypatch.setattr(build, "make_model", lambda config, channels: Pointwise())
+    monkeypatch.setattr(build, "make_model", small_runs.make_model)
 
 
 def sha256(workdir):

@@ -13,9 +13,7 @@ import time
 import types
 from pathlib import Path
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,22 +23,9 @@ pytest.importorskip("ml_collections")
 from experiments import build, runs, runtime, train
 from experiments.configs import digits
 from jaxdiff.training import checkpoints
+from tests import small_runs
 
 ROOT = Path(__file__).parents[2]
-
-
-class Pointwise(nn.Module):
-    """A network that sees a pixel at a time, and compiles at once."""
-
-    @nn.compact
-    def __call__(self, x, noise_level, cond=None, *, dropout_keys=None):
-        level = jnp.reshape(noise_level, (-1, *[1] * (x.ndim - 1))) / 1000
-        hidden = jnp.concatenate([x, jnp.broadcast_to(level, x.shape)], -1)
-        return nn.Dense(x.shape[-1])(nn.tanh(nn.Dense(16)(hidden)))
-
-
-def make_model(config, channels):
-    return Pointwise()
 
 
 class Patched:
@@ -62,7 +47,7 @@ class Patched:
 @pytest.fixture(scope="module", autouse=True)
 def pointwise():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "make_model", make_model)
+        patch.setattr(build, "make_model", small_runs.make_model)
         yield
 
 
@@ -257,6 +242,6 @@ if __name__ == "__main__":
         while not Path(workdir).with_name("go").exists():
             time.sleep(0.01)
 
-    build.make_model, real = make_model, build.make_batches
+    build.make_model, real = small_runs.make_model, build.make_batches
     build.make_batches = lambda *a, **k: Patched(real(*a, **k), 5, wait)
     runtime.command(train.define_flags, train.main)

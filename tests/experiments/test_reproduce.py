@@ -4,8 +4,6 @@ import json
 import shutil
 import types
 
-import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,40 +11,21 @@ pytest.importorskip("grain")
 pytest.importorskip("ml_collections")
 
 from experiments import build, reproduce, runs, train
-from experiments.configs import digits
-
-
-class Pointwise(nn.Module):
-    """A network that sees a pixel at a time, and compiles at once."""
-
-    @nn.compact
-    def __call__(self, x, noise_level, cond=None, *, dropout_keys=None):
-        level = jnp.reshape(noise_level, (-1, *[1] * (x.ndim - 1))) / 1000
-        hidden = jnp.concatenate([x, jnp.broadcast_to(level, x.shape)], -1)
-        return nn.Dense(x.shape[-1])(nn.tanh(nn.Dense(16)(hidden)))
+from tests import small_runs
 
 
 @pytest.fixture(scope="module", autouse=True)
 def pointwise():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "make_model", lambda config, channels: Pointwise())
+        patch.setattr(build, "make_model", small_runs.make_model)
         yield
 
 
+OWN = {"train": {"batch_size": 8, "num_steps": 8, "log_every": 4, "checkpoint_every": 2}}
+
+
 def tiny(**changes):
-    config = digits.get_config()
-    config.update(
-        {
-            "train": {
-                "batch_size": 8, "num_steps": 8, "log_every": 4, "checkpoint_every": 2,
-                "sample_every": 0,
-            },
-            "sample": {"num": 0},
-            "evaluate": {"neighbours": 0},
-        }
-    )  # fmt: skip
-    config.update(changes)
-    return config
+    return small_runs.tiny(OWN, changes)
 
 
 @pytest.fixture(scope="module")

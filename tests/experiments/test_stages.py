@@ -2,7 +2,6 @@
 
 import json
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,21 +13,12 @@ pytest.importorskip("ml_collections")
 from experiments import build, runs, sample, train
 from experiments.configs import digits
 from jaxdiff.training import sharding
-
-
-class Pointwise(nn.Module):
-    """A network that sees a pixel at a time, and compiles at once."""
-
-    @nn.compact
-    def __call__(self, x, noise_level, cond=None, *, dropout_keys=None):
-        level = jnp.reshape(noise_level, (-1, *[1] * (x.ndim - 1))) / 1000
-        hidden = jnp.concatenate([x, jnp.broadcast_to(level, x.shape)], -1)
-        return nn.Dense(x.shape[-1])(nn.tanh(nn.Dense(16)(hidden)))
+from tests import small_runs
 
 
 @pytest.fixture
 def pointwise(monkeypatch):
-    monkeypatch.setattr(build, "make_model", lambda config, channels: Pointwise())
+    monkeypatch.setattr(build, "make_model", small_runs.make_model)
 
 
 TWO = {
@@ -37,22 +27,13 @@ TWO = {
 
 
 def staged(stages=None, **changes):
-    config = digits.get_config()
-    config.update(
-        {
-            "model": {"channels": 8, "channel_multipliers": (1,)},
-            "optimizer": {"warmup_steps": 0, "decay": "constant"},
-            "train": {
-                "batch_size": 32, "num_steps": 8, "log_every": 2, "checkpoint_every": 3,
-                "sample_every": 0,
-            },
-            "sample": {"num": 0},
-            "evaluate": {"neighbours": 0},
-            "stages": TWO if stages is None else stages,
-        }
-    )  # fmt: skip
-    config.update(changes)
-    return config
+    own = {
+        "model": {"channels": 8, "channel_multipliers": (1,)},
+        "optimizer": {"warmup_steps": 0, "decay": "constant"},
+        "train": {"batch_size": 32, "num_steps": 8, "log_every": 2, "checkpoint_every": 3},
+        "stages": TWO if stages is None else stages,
+    }
+    return small_runs.tiny(own, changes)
 
 
 CONTINUOUS = {
