@@ -168,6 +168,7 @@ def run(
         if pending:  # or they would be lost to a run that goes on from here
             metrics.keep(step, fetch(pending)["loss"])
         checkpoints.save(saved, state, data=batches.get_state(), config=resolved)
+        runtime.release_memory()  # of the save before, which is done
 
     while step < last:
         if notice is not None and notice.given(step):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from jax.experimental import multihost_utils
 from experiments.runs import RunError
 from jaxdiff.training.checkpoints import CheckpointError
 
+M_ARENA_MAX = -8  # of glibc's malloc.h
 PREEMPTED = 75
 """The exit status of a run that was told to stop, and has saved: `EX_TEMPFAIL`, try again."""
 # What a user can mend; anything else is a defect and keeps its traceback.
@@ -30,6 +32,9 @@ def start() -> None:
     The cache is in `JAX_COMPILATION_CACHE_DIR`, or else in `~/.cache/jaxdiff`.
     """
     logging.set_verbosity(logging.ERROR)  # not what JAX, Orbax and TFDS remark on the way
+    # Eight heaps a core, as glibc has it, each with gaps of its own, would grow for a long time.
+    with contextlib.suppress(AttributeError, OSError):  # other C libraries
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, os.cpu_count() or 1)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path.home() / ".cache" / "jaxdiff"
         with contextlib.suppress(OSError):
@@ -105,6 +110,12 @@ class Notice:
         if self.alone:
             return self.flag
         return multihost_utils.reached_preemption_sync_point(step)
+
+
+def release_memory() -> None:
+    """Gives back to the system what has been freed, which glibc keeps for itself otherwise."""
+    with contextlib.suppress(AttributeError, OSError):  # other C libraries
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory() -> dict[str, int]:
