@@ -30,20 +30,25 @@ KERNEL_INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 ZERO_INIT = nn.initializers.zeros_init()
 
 
-def sinusoidal_embedding(noise_level: Array, dim: int) -> Array:
+def sinusoidal_embedding(
+    noise_level: Array, dim: int, frequency_shift: float = 1.0, cosine_first: bool = False
+) -> Array:
     """Embeds noise levels as sines, then cosines, of geometrically spaced frequencies.
 
-        emb[:, i] = sin(t f_i),  emb[:, dim/2 + i] = cos(t f_i),  f_i = 10000^(-i / (dim/2 - 1))
+        emb[:, i] = sin(t f_i),  emb[:, dim/2 + i] = cos(t f_i),  f_i = 10000^(-i / (dim/2 - s))
 
     Args:
       noise_level: `(B,)`, int or float.
       dim: the length of the embedding, even and at least 4.
+      frequency_shift: s, less than dim/2. With 1 the last frequency is 1/10000 exactly; the code of
+        Dhariwal & Nichol 2021 has 0.
+      cosine_first: whether the cosines come before the sines, as there.
 
     Returns:
       float32 `(B, dim)`.
 
     Raises:
-      ValueError: `dim` is odd or less than 4.
+      ValueError: `dim` is odd or less than 4, or `frequency_shift` not less than half of it.
 
     Reference:
       Vaswani et al. 2017, section 3.5, in the form of Ho et al. 2020's code.
@@ -53,9 +58,15 @@ def sinusoidal_embedding(noise_level: Array, dim: int) -> Array:
             f"dim must be even and at least 4, got {dim}: half of it are sines, half cosines"
         )
     half = dim // 2
-    frequencies = np.exp(-math.log(10000.0) * np.arange(half) / (half - 1)).astype(np.float32)
-    angles = noise_level.astype(jnp.float32)[:, None] * frequencies[None, :]
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    if not frequency_shift < half:
+        raise ValueError(
+            f"frequency_shift must be less than {half}, half of dim, got {frequency_shift}: 1 and "
+            "0 are in use"
+        )
+    frequencies = np.exp(-math.log(10000.0) * np.arange(half) / (half - frequency_shift))
+    angles = noise_level.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)[None, :]
+    parts = [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.concatenate(parts[::-1] if cosine_first else parts, axis=-1)
 
 
 def per_example_dropout(x: Array, rate: float, keys: Array | None, salt: int) -> Array:
@@ -97,6 +108,13 @@ def upsample_nearest(x: Array) -> Array:
     x = x.reshape(batch, *split, channels)
     x = jnp.broadcast_to(x, (batch, *twice, channels))
     return x.reshape(batch, *(2 * size for size in spatial), channels)
+
+
+def downsample_mean(x: Array) -> Array:
+    """Halves every spatial axis of `(B, *spatial, C)`, all of them even, by means of neighbours."""
+    batch, *spatial, channels = x.shape
+    pairs = x.reshape(batch, *(n for size in spatial for n in (size // 2, 2)), channels)
+    return jnp.mean(pairs, axis=tuple(range(2, pairs.ndim - 1, 2)))
 
 
 def masks_of_levels(mask: Array | None, levels: int) -> list[Array | None]:
@@ -189,13 +207,16 @@ class GroupNorm(nn.Module):
         return y.astype(self.dtype).reshape(batch, *spatial, channels)
 
 
-def convolution(features: int, axes: int, *, stride: int = 1, **kwargs: Any) -> nn.Conv:
+def convolution(
+    features: int, axes: int, *, stride: int = 1, padding_before: int = 0, **kwargs: Any
+) -> nn.Conv:
     """Returns a convolution of width 3 over `axes` spatial axes.
 
-    With `stride` 1 it keeps the size; with 2 it halves it, padding `(0, 1)` as Ho et al. 2020 do.
+    With `stride` 1 it keeps the size; with 2 it halves it, padding `(padding_before, 1)`: 0 before
+    as Ho et al. 2020 do, or 1 as Dhariwal & Nichol 2021 do.
     """
     kwargs.setdefault("kernel_init", KERNEL_INIT)
-    padding = (1, 1) if stride == 1 else (0, 1)
+    padding = (1, 1) if stride == 1 else (padding_before, 1)
     return nn.Conv(
         features, (3,) * axes, strides=(stride,) * axes, padding=[padding] * axes, **kwargs
     )
@@ -211,6 +232,9 @@ class ResidualBlock(nn.Module):
         Nichol 2021, section 3) instead of being added before it (Ho et al. 2020).
       norm: makes a normalisation, `(x, mask) -> array like x`.
       dtype: of the computation.
+      resample: changes the resolution, `(B, *spatial, C) -> (B, *spatial', C)`, before the first
+        convolution and on the way around (the up- and downsampling blocks of Dhariwal & Nichol
+        2021); None leaves it.
     """
 
     features: int
@@ -218,6 +242,7 @@ class ResidualBlock(nn.Module):
     scale_shift: bool = False
     norm: Callable[..., nn.Module] = GroupNorm
     dtype: Any = jnp.float32
+    resample: Callable[[Array], Array] | None = None
 
     @nn.compact
     def __call__(
@@ -226,14 +251,19 @@ class ResidualBlock(nn.Module):
         embedding: Array,
         dropout_keys: Array | None = None,
         mask: Array | None = None,
+        mask_after: Array | None = None,
     ) -> Array:
         """Maps x `(B, *spatial, C)` and an activated embedding `(B, E)` to `features` channels.
 
         `dropout_keys` holds one typed key per example, `(B,)`; None means no dropout. `mask` is
-        that of x, `(B, *spatial)`.
+        that of x, `(B, *spatial)`, and `mask_after`, if the block changes the resolution, that of
+        the result.
         """
         axes = x.ndim - 2
         h = nn.silu(self.norm(name="norm_0")(x, mask))
+        if self.resample is not None:
+            h, x, mask = self.resample(h), self.resample(keep(x, mask)), mask_after
+            h = keep(h, mask)
         h = convolution(self.features, axes, dtype=self.dtype, name="conv_0")(h)
 
         told = nn.Dense(
@@ -268,7 +298,7 @@ class AttentionBlock(nn.Module):
 
     Attributes:
       num_heads: into how many heads the channels are divided.
-      norm: makes a normalisation, `(x, mask) -> array like x`.
+      norm: makes a normalisation, `(x, mask) -> array like x`; None means none.
       dtype: of the computation; the softmax is float32.
 
     Reference:
@@ -276,7 +306,7 @@ class AttentionBlock(nn.Module):
     """
 
     num_heads: int = 1
-    norm: Callable[..., nn.Module] = GroupNorm
+    norm: Callable[..., nn.Module] | None = GroupNorm
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -307,7 +337,8 @@ class AttentionBlock(nn.Module):
                 "channels: choose a divisor, or change channels"
             )
         _check_tokens(tokens, mask, batch)
-        h = self.norm(name="norm")(x, x_mask).reshape(batch, math.prod(spatial), channels)
+        h = x if self.norm is None else self.norm(name="norm")(x, x_mask)
+        h = h.reshape(batch, math.prod(spatial), channels)
         source = h if tokens is None else tokens
         if tokens is None and x_mask is not None:
             mask = x_mask.reshape(h.shape[:2])

@@ -22,7 +22,7 @@ Example (with `jax.eval_shape`, which only traces; `model.init(...)` makes the p
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -76,6 +76,14 @@ class UNet(nn.Module):
         for colouring.
       noise_level_scale: what a noise level is multiplied by before it is embedded; 1000 suits
         levels in [0, 1].
+      frequency_shift: see `sinusoidal_embedding`; so is `cosine_first`.
+      cosine_first: whether the embedding's cosines come before its sines.
+      norm_epsilon: what the group normalisations add to the variance.
+      downsample_padding: 0 or 1, how many zeros a downsampling convolution sees before the data; it
+        sees one behind.
+      resample_blocks: whether residual blocks change the resolution (Dhariwal & Nichol 2021)
+        instead of single convolutions: `down_0_downsample` and `up_1_upsample` are then blocks.
+      mid_attention_norm: whether the attention in the middle is normalised, as all others are.
       dtype: of the computation; parameters, statistics and the output are float32.
       remat: whether to compute the blocks' activations anew on the way back, which saves memory
         and changes nothing else.
@@ -100,6 +108,12 @@ class UNet(nn.Module):
     sequence_dim: int | None = None
     image_channels: int | None = None
     noise_level_scale: float = 1.0
+    frequency_shift: float = 1.0
+    cosine_first: bool = False
+    norm_epsilon: float = 1e-6
+    downsample_padding: int = 0
+    resample_blocks: bool = False
+    mid_attention_norm: bool = True
     dtype: Any = jnp.float32
     remat: bool = False
 
@@ -147,7 +161,11 @@ class UNet(nn.Module):
 
         embedding = nn.silu(self._embed(jnp.broadcast_to(noise_level, x.shape[:1]), told))
         norm = functools.partial(
-            GroupNorm, self.num_groups, self.min_group_channels, dtype=self.dtype
+            GroupNorm,
+            self.num_groups,
+            self.min_group_channels,
+            epsilon=self.norm_epsilon,
+            dtype=self.dtype,
         )
         conv = functools.partial(convolution, axes=x.ndim - 2, dtype=self.dtype)
 
@@ -157,10 +175,16 @@ class UNet(nn.Module):
             module = cls(features, self.dropout, self.scale_shift, norm, self.dtype, name=name)
             return module(h, embedding, dropout_keys, masks[level])
 
+        def resample(h: Array, level: int, to: int, change: Callable, name: str) -> Array:
+            cls = nn.remat(ResidualBlock) if self.remat else ResidualBlock
+            fields = (h.shape[-1], self.dropout, self.scale_shift, norm, self.dtype, change)
+            return cls(*fields, name=name)(h, embedding, dropout_keys, masks[level], masks[to])
+
         def attention(h: Array, level: int, name: str) -> Array:
             cls = nn.remat(AttentionBlock) if self.remat else AttentionBlock
             heads = h.shape[-1] // self.head_dim if self.head_dim else self.num_heads
-            h = cls(heads, norm, self.dtype, name=name)(h, x_mask=masks[level])
+            own = None if name == "mid_attention" and not self.mid_attention_norm else norm
+            h = cls(heads, own, self.dtype, name=name)(h, x_mask=masks[level])
             if told.sequence is not None:
                 name = name.replace("attention", "cross_attention")
                 h = cls(heads, norm, self.dtype, name=name)(
@@ -182,8 +206,14 @@ class UNet(nn.Module):
                     h = attention(h, level, f"down_{level}_attention_{i}")
                 skips.append(h)
             if level < last:
-                h = layers.keep(h, masks[level])
-                h = conv(h.shape[-1], stride=2, name=f"down_{level}_downsample")(h)
+                name = f"down_{level}_downsample"
+                if self.resample_blocks:
+                    h = resample(h, level, level + 1, layers.downsample_mean, name)
+                else:
+                    down = conv(
+                        h.shape[-1], stride=2, padding_before=self.downsample_padding, name=name
+                    )
+                    h = down(layers.keep(h, masks[level]))
                 skips.append(h)
 
         h = block(h, last, "mid_block_0")
@@ -197,8 +227,12 @@ class UNet(nn.Module):
                 if level in self.attention_levels:
                     h = attention(h, level, f"up_{level}_attention_{i}")
             if level > 0:
-                h = layers.keep(layers.upsample_nearest(h), masks[level - 1])
-                h = conv(h.shape[-1], name=f"up_{level}_upsample")(h)
+                name = f"up_{level}_upsample"
+                if self.resample_blocks:
+                    h = resample(h, level, level - 1, layers.upsample_nearest, name)
+                else:
+                    h = layers.keep(layers.upsample_nearest(h), masks[level - 1])
+                    h = conv(h.shape[-1], name=name)(h)
 
         h = nn.silu(norm(name="norm_out")(h, masks[0]))
         h = conv(self.out_channels, kernel_init=layers.ZERO_INIT, name="conv_out")(h)
@@ -210,7 +244,9 @@ class UNet(nn.Module):
             nn.Dense, 4 * self.channels, kernel_init=layers.KERNEL_INIT, dtype=self.dtype
         )
         levels = noise_level.astype(jnp.float32) * self.noise_level_scale
-        embedding = layers.sinusoidal_embedding(levels, self.channels)
+        embedding = layers.sinusoidal_embedding(
+            levels, self.channels, self.frequency_shift, self.cosine_first
+        )
         embedding = dense(name="embedding_0")(embedding)
         embedding = dense(name="embedding_1")(nn.silu(embedding))
         if told.label is not None:
@@ -261,6 +297,20 @@ class UNet(nn.Module):
             f"indices of the {levels} levels, in [0, {levels})",
             self.attention_levels,
             "they count resolutions, 0 being full resolution, and are not sizes in pixels",
+        )
+        check(
+            self.downsample_padding in (0, 1),
+            "downsample_padding",
+            "0 or 1",
+            self.downsample_padding,
+            "1 centres the kernel",
+        )
+        check(
+            self.norm_epsilon > 0,
+            "norm_epsilon",
+            "positive",
+            self.norm_epsilon,
+            "1e-6 and 1e-5 are in use",
         )
         check(0.0 <= self.dropout < 1.0, "dropout", "in [0, 1)", self.dropout, "0 means no dropout")
         for name, what in (
