@@ -32,6 +32,7 @@ ALLOWED = {
     "sampling": {"base", "_checks", "rng"},
     # These stand alone.
     "models": {"models"},
+    "interop": {"base", "schedules", "predictions", "models", "interop"},
     "training": {"base", "rng", "training"},
     "data": {"data"},
     "evaluation": {"evaluation"},
@@ -39,7 +40,7 @@ ALLOWED = {
 }  # fmt: skip
 # What the mathematics imports within functions, as optional extras.
 OPTIONAL = {"solvers/adaptive.py": {"diffrax"}}
-MATHEMATICS = set(ALLOWED) - {"models", "training", "data", "evaluation", "viz"}
+MATHEMATICS = set(ALLOWED) - {"models", "interop", "training", "data", "evaluation", "viz"}
 OUTSIDE = {"jax", "numpy", "chex"}
 
 
