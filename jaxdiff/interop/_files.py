@@ -71,3 +71,9 @@ def replace(path: Path, parts: Iterable[bytes]) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def check_field(where: str, name: str, value: Any, fits: bool, expected: str) -> None:
+    """Raises ValueError that names a file, a field of it and its value, unless that fits."""
+    if not fits:
+        raise ValueError(f"{where}: {name} must be {expected}, got {repr(value)[:200]}")
