@@ -156,7 +156,7 @@ DRAWINGS = {
             prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
         ),
     ),
-    "x0, clipped": ("defaults", dict(prediction_type="sample", clip_sample_range=0.02)),
+    "x0, clipped": ("defaults", dict(prediction_type="sample", clip_sample_range=0.01)),
     "v, not clipped": (
         "defaults",
         dict(
@@ -173,9 +173,9 @@ def test_ddim_samples_agree(name, tmp_path):
     config, fields = DRAWINGS[name]
     model = make(dict(MODELS[config], sample_size=16))
     with torch.no_grad():
-        # Random networks are steep: with a weight of 0.1 for 0.02, a change of their own start by
+        # Random networks are steep: with a weight of 0.1 for 0.01, a change of their own start by
         # 1e-6 already changes their own samples by 0.4.
-        model.conv_out.weight.mul_(0.02)
+        model.conv_out.weight.mul_(0.01)
     pipeline = diffusers.DDIMPipeline(model, diffusers.DDIMScheduler(**fields))
     pipeline.save_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
