@@ -23,7 +23,7 @@ from jaxdiff.interop import _pickles
 from jaxdiff.interop._pickles import Storage, Tensor
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
-_MOST_DEPTH, _MOST_VALUES = 16, 10_000_000  # far above any checkpoint
+_MOST_DEPTH, _MOST_VALUES = 16, 1_000_000  # far above any checkpoint
 
 
 def read_zip(path: Path) -> dict[str, np.ndarray]:

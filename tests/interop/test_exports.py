@@ -19,7 +19,8 @@ TREE = {
 
 
 def test_parameters_come_back_bit_for_bit(tmp_path):
-    model = UNet(out_channels=1, channels=8, channel_multipliers=(1,), num_res_blocks=1)
+    fields = dict(channels=8, channel_multipliers=(1,), num_res_blocks=1, attention_levels=())
+    model = UNet(out_channels=1, **fields)
     x = jnp.zeros((1, 4, 4, 1))
     like = jax.eval_shape(model.init, jax.random.key(0), x, 0)
     draw = np.random.default_rng(0)
