@@ -32,6 +32,7 @@ _DEFAULTS = {
     "steps_offset": 0,
     "rescale_betas_zero_snr": False,
     "set_alpha_to_one": True,
+    "timestep_values": None,  # before diffusers 0.3
 }
 # Without effect: they belong to thresholding, to PNDM or to versions long gone.
 _IGNORED = {"dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps", "tensor_format"}
@@ -101,10 +102,11 @@ def read_scheduler(
         "clip_sample": (False, True),
         "rescale_betas_zero_snr": (False, True),
         "set_alpha_to_one": (False, True),
+        "timestep_values": (None,),
     }
     for name, values in choices.items():
         value = fields[name]
-        fits = isinstance(value, (str, bool)) and value in values
+        fits = (value is None or isinstance(value, (str, bool))) and value in values
         check_field(where, name, value, fits, " or ".join(map(repr, values)))
     steps, offset, clip = (
         fields[name] for name in ("num_train_timesteps", "steps_offset", "clip_sample_range")

@@ -10,8 +10,10 @@ What was saved refers to storages; see `_pickles`.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -55,8 +57,12 @@ def read_zip(path: Path) -> dict[str, np.ndarray]:
                 return np.frombuffer(entry(name), np.uint8) if prefix + name in entries else None
 
             return _tensors(path, saved, load)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
         raise ValueError(f"{path} is damaged or cut off: {error}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise ValueError(f"{path} is damaged: it points to before its own beginning") from error
 
 
 def read_old(path: Path) -> dict[str, np.ndarray]:

@@ -44,6 +44,7 @@ _DEFAULTS = {
     "num_class_embeds": None,
     "num_train_timesteps": None,  # for time embeddings that are learned, which are refused
 }
+_MOST, _MOST_LEVELS, _MOST_BLOCKS = 2**20, 16, 256  # far above any network
 # What our UNet has one of, and the values that mean it.
 _ONLY = {
     "center_input_sample": (False,),
@@ -86,27 +87,10 @@ def read_config(where: str, config: Mapping[str, Any]) -> tuple[UNet, tuple[int,
     Raises:
       ValueError: a field is unknown, or has a value that our network cannot follow; names both.
     """
-    kind = config.get("_class_name", "UNet2DModel")
-    check_field(where, "_class_name", kind, kind == "UNet2DModel", "'UNet2DModel'")
-    for name, value in config.items():
-        known = name in _DEFAULTS or name.startswith("_")
-        check_field(where, name, value, known, f"left out; known are {', '.join(_DEFAULTS)}")
-    fields = {**_DEFAULTS, **config}
-    for name, values in _ONLY.items():
-        check_field(
-            where, name, fields[name], fields[name] in values, " or ".join(map(repr, values))
-        )
-    for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
-        check_field(where, name, fields[name], _is_count(fields[name]), "a positive integer")
-    for name in ("num_class_embeds", "attention_head_dim"):
-        fits = fields[name] is None or _is_count(fields[name])
-        check_field(where, name, fields[name], fits, "null or a positive integer")
-    for name, least, most in (("dropout", 0, 1), ("norm_eps", 0, 1), ("freq_shift", 0, 2)):
-        fits = type(fields[name]) in (int, float) and least <= fields[name] < most
-        check_field(where, name, fields[name], fits, f"a number in [{least}, {most})")
-
+    fields = _read_fields(where, config)
     widths, groups = fields["block_out_channels"], fields["norm_num_groups"]
-    fits = isinstance(widths, (list, tuple)) and len(widths) > 0 and all(map(_is_count, widths))
+    fits = isinstance(widths, (list, tuple)) and 0 < len(widths) <= _MOST_LEVELS
+    fits = fits and all(map(_is_count, widths))
     fits = fits and all(width % widths[0] == width % groups == 0 for width in widths)
     fits = fits and widths[0] % 2 == 0 and widths[0] >= 4
     expected = f"multiples of the first, which is even, and of the {groups} groups"
@@ -184,6 +168,31 @@ def slots(model: UNet, old: bool = False) -> SlotOf:
     return slot_of
 
 
+def _read_fields(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all fields, with their defaults, after the checks of each by itself."""
+    kind = config.get("_class_name", "UNet2DModel")
+    check_field(where, "_class_name", kind, kind == "UNet2DModel", "'UNet2DModel'")
+    for name, value in config.items():
+        known = name in _DEFAULTS or name.startswith("_")
+        check_field(where, name, value, known, f"left out; known are {', '.join(_DEFAULTS)}")
+    fields = {**_DEFAULTS, **config}
+    for name, values in _ONLY.items():
+        check_field(
+            where, name, fields[name], fields[name] in values, " or ".join(map(repr, values))
+        )
+    for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+        check_field(where, name, fields[name], _is_count(fields[name]), "a positive integer")
+    blocks = fields["layers_per_block"]
+    check_field(where, "layers_per_block", blocks, blocks <= _MOST_BLOCKS, f"<= {_MOST_BLOCKS}")
+    for name in ("num_class_embeds", "attention_head_dim"):
+        fits = fields[name] is None or _is_count(fields[name])
+        check_field(where, name, fields[name], fits, "null or a positive integer")
+    for name, least, most in (("dropout", 0, 1), ("norm_eps", 1e-12, 1), ("freq_shift", 0, 2)):
+        fits = type(fields[name]) in (int, float) and least <= fields[name] < most
+        check_field(where, name, fields[name], fits, f"a number in [{least}, {most})")
+    return fields
+
+
 def _read_blocks(
     where: str, fields: Mapping[str, Any], levels: int
 ) -> tuple[tuple[int, ...], bool]:
@@ -231,4 +240,5 @@ def _read_size(where: str, size: Any, levels: int) -> tuple[int, int] | None:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 1
+    # At most so many: a hostile one would keep the machine busy for ever.
+    return type(value) is int and 1 <= value <= _MOST

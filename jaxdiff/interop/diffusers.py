@@ -44,15 +44,6 @@ def load_diffusers(
       FileNotFoundError: a file that is needed is not there; says which.
       ValueError: a file is damaged; a field of a config is unknown or has a value that cannot be
         followed; a tensor is missing, is one too many or has another shape. Says which.
-
-    Example:
-      >>> pretrained = load_diffusers("ddpm-cifar10-32")        # doctest: +SKIP
-      >>> denoiser = denoisers.from_network(                    # doctest: +SKIP
-      ...     pretrained.model.apply, pretrained.params, pretrained.schedule,
-      ...     pretrained.parameterization, learned_variance=pretrained.learned_variance)
-      >>> clip = pretrained.drawing.clip                        # doctest: +SKIP
-      >>> sample(key, denoiser, ddim(clip), grid(pretrained, 50),
-      ...        (16, *pretrained.image_shape))                 # doctest: +SKIP
     """
     directory = Path(directory)
     index = directory / "model_index.json"

@@ -106,41 +106,18 @@ def load_openai(
     scale = 1000 / diffusion_steps
     where, tensors = str(path), read_tensors(path)
     layout = _read_layout(where, tensors)
-    channels = _shape(where, tensors, "input_blocks.0.0.weight", 4)[1]
-    out_channels = _shape(where, tensors, "out.2.weight", 4)[0]
-    if out_channels not in (channels, 2 * channels):
-        raise ValueError(
-            f"{where}: tensor 'out.2.weight' must have {channels} outputs as the images have "
-            f"channels, or {2 * channels} with a learned variance, got {out_channels}"
-        )
-    classes = None
-    if "label_emb.weight" in tensors:
-        classes = _shape(where, tensors, "label_emb.weight", 2)[0]
-    width, told = layout.widths[0], _shape(where, tensors, "middle_block.0.emb_layers.1.weight", 2)
-    model = UNet(
-        out_channels=out_channels,
-        channels=width,
-        channel_multipliers=tuple(w // width for w in layout.widths),
-        num_res_blocks=layout.blocks,
-        attention_levels=layout.attention,
+    model, channels = _read_unet(where, tensors, layout)
+    model = model.clone(
         num_heads=1 if num_heads is None else num_heads,
         head_dim=num_head_channels,
-        num_groups=_GROUPS,
-        min_group_channels=1,
-        dropout=dropout,
-        scale_shift=told[0] == 2 * layout.widths[-1],
-        num_classes=classes,
         noise_level_scale=scale if rescale_timesteps else 1.0,
-        frequency_shift=0.0,
-        cosine_first=True,
-        norm_epsilon=1e-5,
-        downsample_padding=1,
-        resample_blocks=layout.by_blocks,
+        dropout=dropout,
     )
-    if type(image_size) is not int or image_size < 1 or image_size % 2 ** (len(layout.widths) - 1):
+    factor = 2 ** (len(layout.widths) - 1)
+    if type(image_size) is not int or image_size < 1 or image_size % factor:
         raise ValueError(
-            f"image_size must be a multiple of {2 ** (len(layout.widths) - 1)}, as the network has "
-            f"{len(layout.widths)} levels, got {image_size!r}"
+            f"image_size must be a multiple of {factor}, as the network has {len(layout.widths)} "
+            f"levels, got {image_size!r}"
         )
     shapes = shapes_of(model, channels)  # heads that divide no width are refused here
     split = _split_attention(where, tensors, model, use_new_attention_order)
@@ -149,7 +126,7 @@ def load_openai(
         schedule = schedules.cosine(diffusion_steps)
     else:
         schedule = schedules.linear(diffusion_steps, 0.0001 * scale, 0.02 * scale)
-    learned = out_channels == 2 * channels
+    learned = model.out_channels == 2 * channels
     return Pretrained(
         model=model,
         params=params,
@@ -229,6 +206,39 @@ def _read_layout(where: str, tensors: Mapping[str, np.ndarray]) -> _Layout:
             "networks with other channel_mult, such as that for 512 pixels, are not supported"
         )
     return _Layout(tuple(widths), blocks, tuple(sorted(set(attention))), by_blocks, names)
+
+
+def _read_unet(where: str, tensors: Mapping[str, np.ndarray], layout: _Layout) -> tuple[UNet, int]:
+    """Reads the network, but for what no shape says, and the channels of its images."""
+    channels = _shape(where, tensors, "input_blocks.0.0.weight", 4)[1]
+    out_channels = _shape(where, tensors, "out.2.weight", 4)[0]
+    if out_channels not in (channels, 2 * channels):
+        raise ValueError(
+            f"{where}: tensor 'out.2.weight' must have {channels} outputs as the images have "
+            f"channels, or {2 * channels} with a learned variance, got {out_channels}"
+        )
+    classes = None
+    if "label_emb.weight" in tensors:
+        classes = _shape(where, tensors, "label_emb.weight", 2)[0]
+    told = _shape(where, tensors, "middle_block.0.emb_layers.1.weight", 2)[0]
+    width = layout.widths[0]
+    model = UNet(
+        out_channels=out_channels,
+        channels=width,
+        channel_multipliers=tuple(w // width for w in layout.widths),
+        num_res_blocks=layout.blocks,
+        attention_levels=layout.attention,
+        num_groups=_GROUPS,
+        min_group_channels=1,
+        scale_shift=told == 2 * layout.widths[-1],
+        num_classes=classes,
+        frequency_shift=0.0,
+        cosine_first=True,
+        norm_epsilon=1e-5,
+        downsample_padding=1,
+        resample_blocks=layout.by_blocks,
+    )
+    return model, channels
 
 
 def _blocks_of_a_level(tensors: Mapping[str, np.ndarray], count: int, by_blocks: bool) -> int:

@@ -223,6 +223,45 @@ def test_grids_visit_their_timesteps(tmp_path, num_steps, kind, spacing):
     assert drawing.method == kind.lower()
 
 
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_step_of_ancestral_sampling_agrees(variance, prediction):
+    scheduler = diffusers.DDPMScheduler(variance_type=variance, prediction_type=prediction)
+    scheduler.set_timesteps(50)
+    schedule, parameterization, drawing = interop._schedulers.read_scheduler(
+        "x", json.loads(scheduler.to_json_string()), None
+    )
+    learned, clip = drawing.variance == "learned", drawing.clip
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(2, 4, 4, 3)).astype(np.float32)
+    out = draw.uniform(-1, 1, size=(2, 4, 4, 6 if learned else 3)).astype(np.float32)
+    z = np.asarray(rng.normal(rng.per_example(jax.random.key(0), jnp.arange(2)), (4, 4, 3)))
+    pretrained = interop.Pretrained(None, None, schedule, parameterization, None, learned, drawing)
+    denoiser = guidance.clip_x0(
+        denoisers.from_network(
+            lambda *args: jnp.asarray(out),
+            None,
+            schedule,
+            parameterization,
+            learned_variance=learned,
+        ),
+        -clip,
+        clip,
+    )
+    grid, solver = interop.grid(pretrained, 50), solvers.ddpm(drawing.variance)
+    for i in (20, 49):
+        keys = rng.per_example(jax.random.key(0), jnp.arange(2))
+        state = solver.init(jnp.asarray(x), grid[i])
+        ours = solver.step(keys, denoiser, state, grid[i], grid[i + 1])[0].x
+        with pytest.MonkeyPatch.context() as patch:
+            noise = torch.from_numpy(z.transpose(0, 3, 1, 2).copy())
+            module = "diffusers.schedulers.scheduling_ddpm.randn_tensor"
+            patch.setattr(module, lambda *args, noise=noise, **kwargs: noise)
+            output, sample = (torch.from_numpy(a.transpose(0, 3, 1, 2).copy()) for a in (out, x))
+            theirs = scheduler.step(output, scheduler.timesteps[i], sample).prev_sample
+        np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

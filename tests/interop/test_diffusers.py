@@ -135,6 +135,45 @@ def test_the_config_becomes_the_fields_of_a_unet(tmp_path):
     assert np.any(out[0] != out[1])
 
 
+def test_public_configs_make_networks_of_the_papers_sizes():
+    """Those of google/ddpm-cifar10-32 and google/ddpm-cat-256, as they are on the hub."""
+    fields = {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": "0.0.4",
+        "act_fn": "silu",
+        "attention_head_dim": None,
+        "center_input_sample": False,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "in_channels": 3,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-06,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "time_embedding_type": "positional",
+    }
+    for size, widths, attended, count in (
+        (32, [128, 256, 256, 256], 1, 35_746_307),
+        (256, [128, 128, 256, 256, 512, 512], 4, 113_673_219),
+    ):
+        down = ["DownBlock2D"] * len(widths)
+        down[attended] = "AttnDownBlock2D"
+        up = [kind.replace("Down", "Up") for kind in down[::-1]]
+        config = fields | {
+            "sample_size": size,
+            "block_out_channels": widths,
+            "down_block_types": down,
+            "up_block_types": up,
+        }
+        model, pair, channels = _unet2d.read_config("config.json", config)
+        assert (pair, channels) == ((size, size), 3)
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes_of(model, 3))) == count
+        if size == 32:  # our own default, but for groups of fewer channels
+            assert model == UNet(out_channels=3, min_group_channels=1)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -175,6 +214,10 @@ def test_the_config_becomes_the_fields_of_a_unet(tmp_path):
         ("dropout", 1, "dropout must be a number in"),
         ("freq_shift", float("nan"), "freq_shift must be a number in"),
         ("layers_per_block", 0, "layers_per_block must be a positive integer, got 0"),
+        ("layers_per_block", 10**9, "layers_per_block must be .*, got 1000000000"),
+        ("layers_per_block", 10**5, "layers_per_block must be <= 256, got 100000"),
+        ("block_out_channels", [8] * 99, "block_out_channels must be"),
+        ("block_out_channels", [2**40, 2**40], "block_out_channels must be"),
         ("out_channels", 2, "out_channels must be 1, in_channels .*, got 2"),
         ("sample_size", 9, "sample_size must be one or two multiples of 2, got 9"),
         ("encoder_hid_dim", 7, "encoder_hid_dim must be left out.*, got 7"),
@@ -203,6 +246,7 @@ def test_configs_that_cannot_be_followed_are_refused(tmp_path, field, value, mes
         ({"beta_start": None}, "beta_start must be a number in"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas must be null or 100 numbers"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr: eps prediction is singular"),
+        ({"timestep_values": [3, 1]}, r"timestep_values must be None, got \[3, 1\]"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas must be left out.*, got True"),
         (
             {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True},
