@@ -156,7 +156,7 @@ DRAWINGS = {
             prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
         ),
     ),
-    "x0, clipped": ("defaults", dict(prediction_type="sample", clip_sample_range=0.02)),
+    "x0, clipped": ("defaults", dict(prediction_type="sample", clip_sample_range=0.1)),
     "v, not clipped": (
         "defaults",
         dict(

@@ -356,8 +356,9 @@ def test_a_file_that_is_not_there():
 # Against PyTorch
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("new", [True, False])
-def test_reads_what_torch_saves(tmp_path, new):
+def test_reads_what_torch_saves(tmp_path, new, protocol):
     torch = pytest.importorskip("torch")
     base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
     network = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3))
@@ -374,7 +375,8 @@ def test_reads_what_torch_saves(tmp_path, new):
         "lr": 1e-3,
         "none": None,
     }
-    torch.save(saved, tmp_path / "a.ckpt", _use_new_zipfile_serialization=new)
+    options = dict(_use_new_zipfile_serialization=new, pickle_protocol=protocol)
+    torch.save(saved, tmp_path / "a.ckpt", **options)
     got = read_tensors(tmp_path / "a.ckpt")
     wanted = {f"state_dict.{name}": tensor for name, tensor in saved["state_dict"].items()}
     wanted |= {f"views.{i}": tensor for i, tensor in enumerate(saved["views"])}
