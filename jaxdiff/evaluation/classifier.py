@@ -1,0 +1,240 @@
+"""Features of a small classifier that is trained on the data set itself.
+
+Where no Inception weights are at hand, or where photographs' features make no sense, as for digits,
+the last hidden layer of a classifier of the data's own labels tells samples from data far better
+than pixels do. Distances of such features compare models of one data set with one classifier; they
+are classifier-feature distances, not FIDs, and mean nothing beside other classifiers'.
+
+    fitted = classifier.train_classifier(images, labels, seed=0)
+    scores = classifier.extract(fitted, samples)     # features (N, 64), probabilities (N, K)
+
+The same images, labels, options and seed give the same parameters bit by bit on machines of one
+kind, on however many devices.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxdiff.evaluation.batches import map_batches
+
+NUM_FEATURES = 64
+_MIN_SIZE = 8
+_WIDTHS = (32, 64, 128)  # channels at full, half, and any lower resolution
+_LEARNING_RATE = 2e-3
+
+
+class Classifier(NamedTuple):
+    """A trained classifier.
+
+    Attributes:
+      params: of the network.
+      accuracy: the share of held-out images whose class it tells, in [0, 1].
+      accuracy_error: the standard error of that share.
+      held_out: the indices of the images that it was not trained on, `(M,)`.
+    """
+
+    params: Any
+    accuracy: float
+    accuracy_error: float
+    held_out: np.ndarray
+
+
+class Outputs(NamedTuple):
+    """What a classifier says of images.
+
+    Attributes:
+      features: the last hidden layer, `(N, 64)`, of no unit, a few apart.
+      probabilities: of the classes `0 .. K-1`, `(N, K)`; for `inception_score`, which is then the
+        classifier's and not the published one.
+    """
+
+    features: np.ndarray
+    probabilities: np.ndarray
+
+
+def train_classifier(
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    *,
+    seed: int = 0,
+    steps: int = 400,
+    batch_size: int = 64,
+    held_out: float = 0.2,
+) -> Classifier:
+    """Trains a classifier, on one device: convolutions, group normalisation, two dense layers.
+
+    Args:
+      images: `(N, H, W, C)`, uint8 in 0 .. 255 or floating in [-1, 1]; H and W at least 8.
+      labels: their classes, integers from 0, `(N,)`.
+      seed: of the parameters, the split and the order of the batches.
+      steps: of AdamW, on a cosine schedule.
+      batch_size: images a step.
+      held_out: the share of images that only measure the accuracy, in (0, 1).
+
+    Returns:
+      The classifier. Look at its accuracy: features of one that learned nothing tell nothing.
+
+    Raises:
+      ValueError: there are no labels or only one class, or an argument is of a wrong shape or
+        range.
+    """
+    images, labels = _check(images, labels)
+    if min(steps, batch_size) < 1 or not 0 < held_out < 1:
+        raise ValueError(
+            "expected steps and batch_size of at least 1 and held_out in (0, 1), got "
+            f"{steps}, {batch_size} and {held_out}"
+        )
+    num_held_out = round(held_out * len(images))
+    if not 1 <= num_held_out < len(images):
+        raise ValueError(f"held_out = {held_out} of {len(images)} images leaves a part empty")
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(images))
+    aside, train = np.sort(order[:num_held_out]), np.sort(order[num_held_out:])
+    epochs = -(-steps * batch_size // len(train))
+    batches = np.concatenate([rng.permutation(train) for _ in range(epochs)])
+    batches = batches[: steps * batch_size].reshape(steps, batch_size)
+
+    model = _Network(int(labels.max()) + 1)
+    device = jax.local_devices()[0]
+    on_device = functools.partial(jax.device_put, device=device)
+    params = model.init(on_device(jax.random.key(seed)), _scaled(on_device(images[:1])))["params"]
+    params = _fit(model, params, on_device(images), on_device(labels), on_device(batches))
+    params = jax.tree.map(np.asarray, params)
+    fitted = Classifier(params, float("nan"), float("nan"), aside)
+    right = extract(fitted, images[aside]).probabilities.argmax(-1) == labels[aside]
+    share = right.mean()
+    error = np.sqrt(share * (1 - share) / len(right))
+    return fitted._replace(accuracy=float(share), accuracy_error=float(error))
+
+
+def extract(
+    classifier: Classifier,
+    images: np.ndarray,
+    *,
+    batch_size: int = 256,
+    devices: Sequence[jax.Device] | None = None,
+) -> Outputs:
+    """Computes features and class probabilities; the same for any batch size or number of devices.
+
+    Args:
+      classifier: from `train_classifier`.
+      images: `(N, H, W, C)`, uint8 or in [-1, 1], of the size of those that it was trained on.
+      batch_size: how many images are sent to the devices at a time.
+      devices: which; all of this process by default.
+
+    Returns:
+      Features and probabilities, NumPy arrays.
+
+    Raises:
+      ValueError: the images are of another type or size.
+    """
+    images = _check_images(images)
+    _check_size(classifier.params, images)
+    params = classifier.params
+    return Outputs(*map_batches(_apply, params, images, batch_size=batch_size, devices=devices))
+
+
+class _Network(nn.Module):
+    """Images `(B, H, W, C)` in [-1, 1] to features and logits; halves the size down to 4."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        conv = functools.partial(nn.Conv, kernel_size=(3, 3), precision=jax.lax.Precision.HIGHEST)
+        dense = functools.partial(nn.Dense, precision=jax.lax.Precision.HIGHEST)
+        level = 0
+        x = nn.relu(nn.GroupNorm(8)(conv(_WIDTHS[0])(x)))
+        while max(x.shape[1:3]) > 4:
+            level += 1
+            x = conv(_WIDTHS[min(level, len(_WIDTHS) - 1)], strides=2)(x)
+            x = nn.relu(nn.GroupNorm(8)(x))
+        features = nn.silu(dense(NUM_FEATURES, name="features")(x.reshape(len(x), -1)))
+        return features, dense(self.num_classes, name="logits")(features)
+
+
+def _apply(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    model = _Network(params["logits"]["bias"].shape[0])
+    features, logits = model.apply({"params": params}, _scaled(images))
+    return features, jax.nn.softmax(logits)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fit(
+    model: _Network, params: Any, images: jax.Array, labels: jax.Array, batches: jax.Array
+) -> Any:
+    """Trains on batches of indices `(steps, B)`; returns the parameters."""
+    rate = optax.cosine_decay_schedule(_LEARNING_RATE, len(batches))
+    optimizer = optax.adamw(rate, weight_decay=1e-2)
+
+    def loss(params: Any, rows: jax.Array) -> jax.Array:
+        _, logits = model.apply({"params": params}, _scaled(images[rows]))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
+
+    def step(carry: tuple[Any, Any], rows: jax.Array) -> tuple[tuple[Any, Any], None]:
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params, rows), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), batches)
+    return params
+
+
+def _scaled(images: jax.Array) -> jax.Array:
+    x = jnp.asarray(images, jnp.float32)
+    return x / 127.5 - 1 if images.dtype == jnp.uint8 else x
+
+
+def _check(images: np.ndarray, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    images = _check_images(images)
+    if labels is None:
+        raise ValueError(
+            "a classifier needs labels, and these data have none: name a file of Inception weights "
+            "for FID, or compare pixels by kernel_distance or sliced_wasserstein"
+        )
+    labels = np.asarray(labels)
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"labels must be integers of the shape {images.shape[:1]}, got {labels.dtype} of "
+            f"{labels.shape}"
+        )
+    classes = np.unique(labels)
+    if classes[0] < 0 or len(classes) < 2:
+        raise ValueError(f"labels must be of at least 2 classes, from 0, got {classes.tolist()}")
+    return images, labels.astype(np.int32)
+
+
+def _check_images(images: np.ndarray) -> np.ndarray:
+    images = np.asarray(images)
+    if images.ndim != 4 or min(images.shape[1:3]) < _MIN_SIZE:
+        raise ValueError(
+            f"images must have the shape (N, H, W, C) with H and W at least {_MIN_SIZE}, got "
+            f"{images.shape}"
+        )
+    if images.dtype == np.uint8:
+        return images
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(
+            f"images must be uint8 in 0 .. 255 or floating in [-1, 1], got {images.dtype}"
+        )
+    return images.astype(np.float32)
+
+
+def _check_size(params: Any, images: np.ndarray) -> None:
+    try:
+        jax.eval_shape(_apply, params, images[:1])
+    except Exception as error:
+        channels = params["Conv_0"]["kernel"].shape[2]
+        raise ValueError(
+            f"the classifier was trained on images of another size, of {channels} channels, got "
+            f"images of {images.shape[1:]}"
+        ) from error
