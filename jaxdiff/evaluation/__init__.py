@@ -53,7 +53,7 @@ from jaxdiff.evaluation.inception_score import InceptionScore, inception_score
 from jaxdiff.evaluation.kernel import KernelDistance, kernel_distance
 from jaxdiff.evaluation.manifold import Manifold, manifold_scores
 from jaxdiff.evaluation.sliced import SlicedWasserstein, sliced_wasserstein
-from jaxdiff.evaluation.uncertainty import Estimate, jackknife
+from jaxdiff.evaluation.uncertainty import Estimate, half_samples, jackknife
 from jaxdiff.evaluation.utility import Utility, train_synthetic_test_real, two_sample_auc
 
 __all__ = [
@@ -71,6 +71,7 @@ __all__ = [
     "frechet_jackknife",
     "from_arrays",
     "grouped_moments",
+    "half_samples",
     "inception_score",
     "jackknife",
     "kernel_distance",

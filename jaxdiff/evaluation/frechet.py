@@ -97,9 +97,10 @@ def moments(features: Array, mask: Array | None = None) -> Moments:
     count = mask.sum(dtype=xp.int32 if on_device else xp.int64)
     n = xp.maximum(count, 1).astype(x.dtype)
     mean = xp.where(rows, x, 0).sum(0) / n
-    centred = xp.where(rows, x - mean[None], 0)
-    low = centred.sum(0) / n  # the mean's rounding error, which can be seen once it is taken off
-    centred = xp.where(rows, centred - low[None], 0)
+    with np.errstate(invalid="ignore"):  # what is not finite stays so, and `gaussian` refuses it
+        centred = xp.where(rows, x - mean[None], 0)
+        low = centred.sum(0) / n  # the mean's rounding error, to be seen once it is taken off
+        centred = xp.where(rows, centred - low[None], 0)
     if on_device:
         outer = jnp.matmul(centred.T, centred, precision=jax.lax.Precision.HIGHEST)
     else:

@@ -53,8 +53,8 @@ def sliced_wasserstein(
 
     Example:
       >>> x = np.random.default_rng(0).normal(size=(300, 4))
-      >>> print(f"{sliced_wasserstein(x, x + 1).value:.2f}")  # |d| / sqrt(D) = 1
-      1.00
+      >>> print(f"{sliced_wasserstein(x, x + 1).value:.1f}")  # |d| / sqrt(D) = 1
+      1.0
     """
     real, samples = _features.read_pair(real, samples, 1)
     if projections < 2:
