@@ -66,7 +66,7 @@ def train_classifier(
     labels: np.ndarray | None,
     *,
     seed: int = 0,
-    steps: int = 400,
+    steps: int = 600,
     batch_size: int = 64,
     held_out: float = 0.2,
 ) -> Classifier:
@@ -104,11 +104,8 @@ def train_classifier(
     batches = batches[: steps * batch_size].reshape(steps, batch_size)
 
     model = _Network(int(labels.max()) + 1)
-    device = jax.local_devices()[0]
-    on_device = functools.partial(jax.device_put, device=device)
-    params = model.init(on_device(jax.random.key(seed)), _scaled(on_device(images[:1])))["params"]
-    params = _fit(model, params, on_device(images), on_device(labels), on_device(batches))
-    params = jax.tree.map(np.asarray, params)
+    data = jax.device_put((jax.random.key(seed), images, labels, batches), jax.local_devices()[0])
+    params = jax.tree.map(np.asarray, _fit(model, *data))
     fitted = Classifier(params, float("nan"), float("nan"), aside)
     right = extract(fitted, images[aside]).probabilities.argmax(-1) == labels[aside]
     share = right.mean()
@@ -181,9 +178,10 @@ def _apply(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _fit(
-    model: _Network, params: Any, images: jax.Array, labels: jax.Array, batches: jax.Array
+    model: _Network, key: jax.Array, images: jax.Array, labels: jax.Array, batches: jax.Array
 ) -> Any:
     """Trains on batches of indices `(steps, B)`; returns the parameters."""
+    params = model.init(key, _scaled(images[:1]))["params"]
     rate = optax.cosine_decay_schedule(_LEARNING_RATE, len(batches))
     optimizer = optax.adamw(rate, weight_decay=1e-2)
 

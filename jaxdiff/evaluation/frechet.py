@@ -337,9 +337,11 @@ def _check_gaussian(mean: Any, covariance: Any) -> Gaussian:
 
 
 class _Factored(NamedTuple):
+    """A Gaussian whose covariance is `factor @ factor.T`."""
+
     mean: np.ndarray
     trace: float
-    factor: np.ndarray  # (D, rank), the covariance being factor @ factor.T
+    factor: np.ndarray  # (D, rank)
 
 
 def _factored(x: Moments | Gaussian) -> _Factored:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.evaluation import inception
+from jaxdiff.evaluation import inception, inception_network
 from tests.evaluation.inception_tensors import random_tensors
 
 
@@ -45,14 +45,14 @@ def test_pools_are_those_of_tensorflow():
             window = x[:, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2]
             average[:, i, j] = window.mean((1, 2))  # padding does not count
             largest[:, i, j] = window.max((1, 2))
-    np.testing.assert_allclose(inception._average_pool(x), average, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(inception._max_pool(x, 1, "SAME"), largest)
+    np.testing.assert_allclose(inception_network._average_pool(x), average, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(inception_network._max_pool(x, 1, "SAME"), largest)
 
 
 def test_only_the_last_block_pools_by_the_maximum():
     images = jnp.zeros((2, 75, 75, 3))
-    params = jax.eval_shape(inception.init, jax.random.key(0))
-    traced = jax.jit(inception.InceptionV3().apply).trace({"params": params}, images)
+    params = jax.eval_shape(inception_network.init, jax.random.key(0))
+    traced = jax.jit(inception_network.InceptionV3().apply).trace({"params": params}, images)
     program = str(traced.jaxpr)
     # Two between the first layers, one where blocks 6a and 7a halve the size, one in 7c; averages
     # in 5b-5d, 6b-6e and 7b, each with the counts that it divides by.
@@ -114,7 +114,7 @@ def test_tensors_become_parameters():
         "scale": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var"
     }.items():  # fmt: skip
         np.testing.assert_array_equal(norm[mine], tensors[f"Conv2d_1a_3x3.bn.{theirs}"])
-    initial = jax.eval_shape(inception.init, jax.random.key(0))
+    initial = jax.eval_shape(inception_network.init, jax.random.key(0))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, initial)
 
 
