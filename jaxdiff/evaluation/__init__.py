@@ -48,6 +48,7 @@ from jaxdiff.evaluation.frechet import (
     merge_over,
     moments,
     to_arrays,
+    to_host,
 )
 from jaxdiff.evaluation.inception_score import InceptionScore, inception_score
 from jaxdiff.evaluation.kernel import KernelDistance, kernel_distance
@@ -90,6 +91,7 @@ __all__ = [
     "rank_correlation",
     "sliced_wasserstein",
     "to_arrays",
+    "to_host",
     "total_variation",
     "train_synthetic_test_real",
     "two_sample_auc",

@@ -114,17 +114,19 @@ def merge(a: Moments, b: Moments) -> Moments:
 
     Args:
       a: moments of D features.
-      b: moments of other examples; also on devices if a is.
+      b: moments of other examples; on devices if a is, on the host if not (see `to_host`).
 
     Returns:
       The moments of both. In whatever order sets are merged, the result is the same up to rounding.
 
     Raises:
-      ValueError: the features differ in number.
+      ValueError: the features differ in number, or only one is on devices.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"moments are of {a.mean.shape[0]} and {b.mean.shape[0]} features")
-    xp = _module(a, b)
+    xp = _module(a)
+    if _module(b) is not xp:
+        raise ValueError("one of the moments is on devices, one on the host: apply to_host first")
     swap = b.count > a.count
     # The mean of the larger set is kept exactly and moved a little: an empty set moves nothing.
     large = Moments(*(xp.where(swap, y, x) for x, y in zip(a, b, strict=True)))
@@ -167,6 +169,13 @@ def merge_over(moments: Moments, axis_name: str | Sequence[str]) -> Moments:
     return Moments(count, *_pairs(mean, low, outer, outer_low))
 
 
+def to_host(moments: Moments) -> Moments:
+    """Returns moments in float64 NumPy, with all the digits that they have."""
+    count, *parts = (np.asarray(part) for part in moments)
+    mean, outer, low, outer_low = (part.astype(np.float64) for part in parts)
+    return Moments(count.astype(np.int64), *_pairs(mean, low, outer, outer_low))
+
+
 def grouped_moments(features: Array, num: int = 10, *, first_index: int = 0) -> list[Moments]:
     """Computes the moments of groups for `frechet_jackknife`; example i is in group i modulo num.
 
@@ -194,12 +203,10 @@ def gaussian(moments: Moments) -> Gaussian:
     Raises:
       ValueError: the moments are of fewer than 2 examples, or not finite.
     """
-    moments = Moments(*(np.asarray(part) for part in moments))
+    moments = to_host(moments)
     if moments.count < 2:
         raise ValueError(f"a covariance needs at least 2 examples, got {int(moments.count)}")
-    mean = moments.mean.astype(np.float64) + moments.mean_low
-    covariance = (moments.outer.astype(np.float64) + moments.outer_low) / (int(moments.count) - 1)
-    return _check_gaussian(mean, covariance)
+    return _check_gaussian(moments.mean, moments.outer / (int(moments.count) - 1))
 
 
 def frechet_distance(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
@@ -238,7 +245,7 @@ def frechet_jackknife(
       samples: moments of groups of the samples' features.
 
     Returns:
-      The estimate.
+      The estimate. It takes two decompositions of (D, D) for each group.
 
     Raises:
       ValueError: there are fewer than 2 groups, or an empty one, or as for `frechet_distance`.
@@ -301,8 +308,8 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Moments | Gaussian:
     return Moments(np.int64(count), mean, outer, *low)
 
 
-def _module(*trees: Any) -> ModuleType:
-    return jnp if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(trees)) else np
+def _module(moments: Moments) -> ModuleType:
+    return jnp if any(isinstance(part, jax.Array) for part in moments) else np
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
@@ -373,10 +380,7 @@ def _merged(groups: Sequence[Moments]) -> Moments:
 
 def _checked_groups(name: str, groups: Sequence[Moments]) -> list[Moments]:
     """Returns groups of moments in float64 on the host."""
-    wide = [
-        Moments(np.int64(g.count), *(np.asarray(part, np.float64) for part in g[1:]))
-        for g in groups
-    ]
+    wide = [to_host(group) for group in groups]
     if len(wide) < 2 or not all(group.count for group in wide):
         raise ValueError(
             f"{name} must be at least 2 groups of at least 1 example, got "

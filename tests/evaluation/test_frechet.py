@@ -165,6 +165,7 @@ def test_groups_do_not_depend_on_batches():
 def test_files_are_read_back_and_pytorch_fids_too(tmp_path):
     x, y = features(40, offset=3), features(30, offset=4, seed=1)
     a, b = evaluation.moments(x), evaluation.moments(jnp.asarray(y))
+    assert_moments(evaluation.merge(a, evaluation.to_host(b)), np.concatenate([x, y]), 1e-6)
     np.savez(tmp_path / "a.npz", **evaluation.to_arrays(a))
     with np.load(tmp_path / "a.npz") as file:
         assert sorted(file) == ["count", "mu", "sigma"]
@@ -205,6 +206,8 @@ def test_bad_features_are_refused():
     two, three = (evaluation.moments(np.eye(n)) for n in (2, 3))
     with pytest.raises(ValueError, match="of 2 and 3 features"):
         evaluation.merge(two, three)
+    with pytest.raises(ValueError, match="one on the host: apply to_host first"):
+        evaluation.merge(two, evaluation.moments(jnp.eye(2)))
     with pytest.raises(ValueError, match="have 2 and 3 features"):
         evaluation.frechet_distance(two, three)
     with pytest.raises(ValueError, match="at least 2 examples, got 1"):
