@@ -46,7 +46,7 @@ def map_batches(
             f"expected at least 1 image, batch_size and unit, got {len(images)}, {batch_size} and "
             f"{unit}"
         )
-    mesh = Mesh(np.asarray(devices or jax.local_devices()), ("units",))
+    mesh = Mesh(np.asarray(jax.local_devices() if devices is None else devices), ("units",))
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     sharding = NamedSharding(mesh, PartitionSpec("units"))
     # No more units a device than there are images for.

@@ -8,8 +8,8 @@ are classifier-feature distances, not FIDs, and mean nothing beside other classi
     fitted = classifier.train_classifier(images, labels, seed=0)
     scores = classifier.extract(fitted, samples)     # features (N, 64), probabilities (N, K)
 
-The same images, labels, options and seed give the same parameters bit by bit on machines of one
-kind, on however many devices.
+The same images, labels, options and seed give the same classifier, on CPUs of one kind bit by bit,
+with however many devices.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxdiff.evaluation import _images
 from jaxdiff.evaluation.batches import map_batches
 
 NUM_FEATURES = 64
@@ -73,7 +74,8 @@ def train_classifier(
     """Trains a classifier, on one device: convolutions, group normalisation, two dense layers.
 
     Args:
-      images: `(N, H, W, C)`, uint8 in 0 .. 255 or floating in [-1, 1]; H and W at least 8.
+      images: `(N, H, W, C)`, uint8 in 0 .. 255 or floating in [-1, 1]; H and W at least 8. The
+        device holds all of them.
       labels: their classes, integers from 0, `(N,)`.
       seed: of the parameters, the split and the order of the batches.
       steps: of AdamW, on a cosine schedule.
@@ -134,7 +136,7 @@ def extract(
     Raises:
       ValueError: the images are of another type or size.
     """
-    images = _check_images(images)
+    images = _images.read(images, _MIN_SIZE)
     _check_size(classifier.params, images)
     params = classifier.params
     return Outputs(*map_batches(_apply, params, images, batch_size=batch_size, devices=devices))
@@ -204,7 +206,7 @@ def _scaled(images: jax.Array) -> jax.Array:
 
 
 def _check(images: np.ndarray, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    images = _check_images(images)
+    images = _images.read(images, _MIN_SIZE)
     if labels is None:
         raise ValueError(
             "a classifier needs labels, and these data have none: name a file of Inception weights "
@@ -220,22 +222,6 @@ def _check(images: np.ndarray, labels: np.ndarray | None) -> tuple[np.ndarray, n
     if classes[0] < 0 or len(classes) < 2:
         raise ValueError(f"labels must be of at least 2 classes, from 0, got {classes.tolist()}")
     return images, labels.astype(np.int32)
-
-
-def _check_images(images: np.ndarray) -> np.ndarray:
-    images = np.asarray(images)
-    if images.ndim != 4 or min(images.shape[1:3]) < _MIN_SIZE:
-        raise ValueError(
-            f"images must have the shape (N, H, W, C) with H and W at least {_MIN_SIZE}, got "
-            f"{images.shape}"
-        )
-    if images.dtype == np.uint8:
-        return images
-    if not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(
-            f"images must be uint8 in 0 .. 255 or floating in [-1, 1], got {images.dtype}"
-        )
-    return images.astype(np.float32)
 
 
 def _check_size(params: Any, images: np.ndarray) -> None:

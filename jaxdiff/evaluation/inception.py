@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdiff.evaluation import _images
 from jaxdiff.evaluation.batches import map_batches
 from jaxdiff.evaluation.inception_network import InceptionV3, Outputs, init
 
@@ -39,7 +40,7 @@ _IGNORED = re.compile(r"^AuxLogits\.|\.num_batches_tracked$")  # used in trainin
 
 def tensor_shapes() -> dict[str, tuple[int, ...]]:
     """Returns the names of the tensors that `from_tensors` needs, and their shapes."""
-    return {name: _SHAPE[path[-1]](leaf.shape) for name, path, leaf in _layout()}
+    return {name: _file_shape(leaf.shape) for name, path, leaf in _layout()}
 
 
 def from_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     params: dict[str, Any] = {}
     for name, path, leaf in layout:
         value = np.asarray(tensors[name])
-        expected = _SHAPE[path[-1]](leaf.shape)
+        expected = _file_shape(leaf.shape)
         if value.shape != expected:
             raise ValueError(f"tensor {name} must have the shape {expected}, got {value.shape}")
         if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -77,7 +78,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
         value = value.astype(np.float32)
         if not np.isfinite(value).all():
             raise ValueError(f"tensor {name} has NaN or infinite values: is the file damaged?")
-        if path[-1] == "kernel":  # outputs, inputs, height, width there
+        if path[-1] == "kernel":
             value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
         place = params
         for part in path[:-1]:
@@ -144,8 +145,9 @@ def extract(
       Features and logits, NumPy arrays.
 
     Raises:
-      ValueError: as `prepare`.
+      ValueError: as `prepare`, or values are NaN or far from [-1, 1].
     """
+    images = _images.read(images)
     jax.eval_shape(functools.partial(prepare, resize=resize), images[:1])  # before any transfer
     apply = _PREPARED[resize]
     return map_batches(apply, params, images, batch_size=batch_size, unit=8, devices=devices)
@@ -184,20 +186,21 @@ def _layout() -> list[tuple[str, tuple[str, ...], jax.ShapeDtypeStruct]]:
     shapes = jax.eval_shape(init, jax.random.key(0))
     leaves, _ = jax.tree.flatten_with_path(shapes)
     paths = [(tuple(str(part.key) for part in path), leaf) for path, leaf in leaves]
-    return [(_name(path), path, leaf) for path, leaf in paths]
+    return [(".".join((*path[:-1], _NAMES[path[-1]])), path, leaf) for path, leaf in paths]
 
 
-def _name(path: tuple[str, ...]) -> str:
-    names = {"kernel": "weight", "scale": "weight", "mean": "running_mean"}
-    names["variance"] = "running_var"
-    return ".".join((*path[:-1], names.get(path[-1], path[-1])))
+_NAMES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "variance": "running_var",
+}
 
 
-def _torch_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
-
-
-_SHAPE = {name: tuple for name in ("scale", "bias", "mean", "variance")} | {"kernel": _torch_kernel}
+def _file_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape in the file: kernels are there by outputs, inputs, height, width."""
+    return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
 
 
 def _listed(verb: str, names: list[str], most: int = 5) -> str:

@@ -149,7 +149,7 @@ def test_inception_features_and_fid_are_pytorch_fids(networks):
         error = np.abs(a - b).max()
         print(f"features: largest error {error:.1e}, mean {a.mean():.2f}, spread {spread:.3f}")
         assert error < 1e-3 * spread
-    few = slice(None, None, 16)  # 128 features: the reference takes minutes of 2048
+    few = slice(None, None, 4)  # the reference takes minutes for all 2048, and agrees as well
     statistics = [(x[:, few].mean(0), np.cov(x[:, few].T)) for x in theirs]
     expected = fid.calculate_frechet_distance(*statistics[0], *statistics[1])
     found = evaluation.frechet_distance(*(evaluation.moments(x[:, few]) for x in ours))

@@ -116,6 +116,8 @@ def test_bad_data_are_refused(fitted):
         train(images[:, 1:], labels)
     with pytest.raises(ValueError, match=r"uint8 in 0 .. 255 or floating in .*, got int64"):
         train(images.astype(np.int64), labels)
+    with pytest.raises(ValueError, match="as large as nan"):
+        train(images * np.nan, labels)
     with pytest.raises(ValueError, match="leaves a part empty"):
         train(images, labels, held_out=0.99)
     with pytest.raises(ValueError, match=r"trained on images of another size, of 1 channels, got"):

@@ -144,3 +144,5 @@ def test_other_images_are_refused():
         inception.prepare(image.astype(np.int32))
     with pytest.raises(ValueError, match="resize must be one of pytorch, tensorflow, got 'pil'"):
         inception.extract({}, image, resize="pil")
+    with pytest.raises(ValueError, match=r"floating images must be in .* as large as 255"):
+        inception.extract({}, image + np.float32(255))
