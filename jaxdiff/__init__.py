@@ -20,6 +20,7 @@ from jaxdiff import (
     schedules,
     solvers,
     timesteps,
+    validation,
 )
 from jaxdiff.base import Node, Prediction
 from jaxdiff.sampling import sample
@@ -45,4 +46,5 @@ __all__ = [
     "schedules",
     "solvers",
     "timesteps",
+    "validation",
 ]

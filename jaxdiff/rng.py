@@ -41,6 +41,8 @@ class Stream(enum.IntEnum):
     SELF_CONDITION = 13  # training: whether an example sees its own prediction
     UP = 14  # sampling: moves of the grid towards noise; the step's index is folded in below it
     LENGTH = 15  # sampling: how long a sequence is
+    PROBE = 16  # likelihood: a trace's directions; their number is folded in below it
+    DEQUANTIZE = 17  # likelihood: noise within the levels; the draw's number is folded in below it
 
 
 def check_key(key: Array) -> Array:

@@ -27,7 +27,11 @@ ALLOWED = {
         "base", "_checks", "rng", "schedules", "process", "predictions", "timesteps", "denoisers",
         "losses",
     },
-    "likelihood": {"base", "_checks", "rng", "process", "losses"},
+    "likelihood": {
+        "base", "_checks", "rng", "schedules", "process", "denoisers", "losses", "solvers",
+        "likelihood",
+    },
+    "validation": {"base", "_checks", "rng", "process", "predictions", "losses"},
     "solvers": {"base", "_checks", "rng", "process", "predictions", "solvers"},
     "sampling": {"base", "_checks", "rng"},
     # These stand alone.
@@ -39,7 +43,7 @@ ALLOWED = {
     "viz": {"viz"},
 }  # fmt: skip
 # What the mathematics imports within functions, as optional extras.
-OPTIONAL = {"solvers/adaptive.py": {"diffrax"}}
+OPTIONAL = {"solvers/_ode.py": {"diffrax"}}
 MATHEMATICS = set(ALLOWED) - {"models", "interop", "training", "data", "evaluation", "viz"}
 OUTSIDE = {"jax", "numpy", "chex"}
 

@@ -15,7 +15,7 @@ def test_streams_are_distinct_and_never_change():
         "TIME": 1, "NOISE": 2, "DROPOUT": 3, "LABEL_DROP": 4,
         "START": 5, "STEP": 6, "FORWARD": 7, "DATA": 8, "PATH": 9,
         "KNOWN": 10, "CORRECTOR": 11, "OFFSET": 12, "SELF_CONDITION": 13, "UP": 14,
-        "LENGTH": 15,
+        "LENGTH": 15, "PROBE": 16, "DEQUANTIZE": 17,
     }  # fmt: skip
 
 

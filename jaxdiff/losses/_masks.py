@@ -23,7 +23,7 @@ def masked_mean(values: Array, mask: Array | None = None) -> Array:
     axes = tuple(range(1, values.ndim))
     if mask is None:
         return jnp.mean(values, axis=axes)
-    mask = _spread(mask, values).astype(values.dtype)
+    mask = spread_mask(mask, values).astype(values.dtype)
     # A masked value may be anything, also infinite or NaN.
     total = jnp.sum(jnp.where(mask > 0, values * mask, 0), axis=axes)
     return total / jnp.maximum(jnp.sum(mask, axis=axes), 1)
@@ -44,10 +44,15 @@ def fill_masked(x0: Array, mask: Array | None) -> Array:
     """
     if mask is None:
         return x0
-    return jnp.where((_spread(mask, x0) > 0) | jnp.isfinite(x0), x0, jnp.zeros_like(x0))
+    return jnp.where((spread_mask(mask, x0) > 0) | jnp.isfinite(x0), x0, jnp.zeros_like(x0))
 
 
-def _spread(mask: Array, values: Array) -> Array:
+def spread_mask(mask: Array, values: Array) -> Array:
+    """Returns the mask in the shape of `values`.
+
+    Raises:
+      ValueError: it does not broadcast to `values`.
+    """
     try:
         return jnp.broadcast_to(mask, values.shape)
     except ValueError as error:

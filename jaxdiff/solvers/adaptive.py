@@ -7,11 +7,12 @@ import jax.numpy as jnp
 
 from jaxdiff.base import Array, Denoiser, Info, Node, Schedule, Solver, SolverState
 from jaxdiff.predictions import eps_from_x0
+from jaxdiff.solvers._ode import check_accuracy, load_diffrax, solve_each
 from jaxdiff.solvers._steps import move, unless_clean
 
 # From less signal than this (alpha/sigma = e^-12) a step starts here: the difference is below what
 # float32 resolves of x.
-_LEAST = -12.0
+LEAST = -12.0
 
 
 def probability_flow(
@@ -37,17 +38,8 @@ def probability_flow(
       ImportError: diffrax is not installed.
       ValueError: a tolerance is not positive or `max_steps` less than 1.
     """
-    try:
-        import diffrax
-    except ImportError as error:
-        raise ImportError(
-            'solvers.probability_flow needs diffrax: pip install "jaxdiff[ode]"'
-        ) from error
-    if not (rtol > 0 and atol > 0):
-        raise ValueError(f"rtol and atol must be positive, got {rtol} and {atol}")
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-    controller = diffrax.PIDController(rtol=rtol, atol=atol)
+    diffrax = load_diffrax("solvers.probability_flow")
+    check_accuracy(rtol, atol, max_steps)
 
     def step(
         keys: Array, denoiser: Denoiser, state: SolverState, now: Node, next: Node
@@ -55,7 +47,7 @@ def probability_flow(
         x = state.x
         first = denoiser(x, now)
 
-        def velocity(x: Array, place: Array) -> Array:
+        def velocity(place: Array, x: Array) -> Array:
             """Returns dx/dl of a batch, each example at its own place l, `(B,)`."""
 
             def levels(place: Array) -> tuple[Array, Array]:
@@ -67,39 +59,17 @@ def probability_flow(
             slope = Node(node.t, *slopes).over(x)
             return slope.alpha * x0 + slope.sigma * eps_from_x0(x0, x, node)
 
-        def solve(x: Array, begin: Array, end: Array) -> tuple[Array, Array]:
-            """Solves for one example of the batch, which is mapped over."""
-
-            def field(place: Array, x: Array, _: None) -> Array:
-                # The denoiser sees the whole batch, and may hold a condition for each example.
-                whole = jax.lax.all_gather((x, place), "batch")
-                return velocity(*whole)[jax.lax.axis_index("batch")]
-
-            solution = diffrax.diffeqsolve(
-                diffrax.ODETerm(field),
-                diffrax.Tsit5(),
-                begin,
-                end,
-                (end - begin) / 20,
-                x,
-                stepsize_controller=controller,
-                saveat=diffrax.SaveAt(t1=True),
-                adjoint=diffrax.DirectAdjoint(),
-                max_steps=max_steps,
-                throw=False,
-            )
-            # A sample that did not get there is not a sample.
-            done = solution.result == diffrax.RESULTS.successful
-            # Tsit5 has seven stages, the last of which is the first of the next step.
-            return jnp.where(done, solution.ys[0], jnp.nan), 6 * solution.stats["num_steps"]
-
         def refined() -> tuple[Array, Array]:
             begin, end = (
-                jnp.broadcast_to(jnp.maximum(node.log_snr / 2, _LEAST), x.shape[:1])
+                jnp.broadcast_to(jnp.maximum(node.log_snr / 2, LEAST), x.shape[:1])
                 for node in (now, next)
             )
-            solved, evaluations = jax.vmap(solve, axis_name="batch")(x, begin, end)
-            return solved, (jnp.max(evaluations) + 1) * first.evaluations
+            # A sample that did not get there is not a sample, but NaN.
+            solved, evaluations = solve_each(
+                diffrax, velocity, begin, end, x,
+                rtol=rtol, atol=atol, max_steps=max_steps, reverse_mode=True,
+            )  # fmt: skip
+            return solved, jnp.max(evaluations) * first.evaluations
 
         def plain() -> tuple[Array, Array | int]:
             return move(x, first.x0, now, next, "x0"), first.evaluations
