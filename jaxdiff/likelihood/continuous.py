@@ -114,16 +114,6 @@ def continuous_bound(
       TypeError: `x0` is not floating, or `key` not a typed key.
       ValueError: a name is none of those above; "time" is asked for on a discrete schedule; there
         is no point, no range or less than two levels; the mask does not fit.
-
-    Example:
-      >>> from jaxdiff import denoisers, schedules
-      >>> exact = denoisers.gaussian(jnp.zeros((4, 4, 1)), 0.25)
-      >>> levels = jnp.round(127.5 * exact.sample(jax.random.key(0), 64) + 127.5)
-      >>> bits, terms = continuous_bound(
-      ...     jax.random.key(1), exact.denoiser, schedules.vp_cosine(), levels / 127.5 - 1,
-      ...     log_snr_max=11.0)
-      >>> bits.shape, terms.points.shape, f"{bits.mean():.1f}"
-      ((64,), (128, 64), '7.0')
     """
     _check_options(schedule, num_points, points, sampling, num_levels)
     x0 = fill_masked(check_float("x0", x0), mask)

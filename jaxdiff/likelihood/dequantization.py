@@ -92,7 +92,7 @@ def truncated_normal(std: Parameter, mean: Parameter = 0.5) -> Noise:
 
     Args:
       std: the standard deviation before the cut, in bins, positive; large ones are uniform.
-      mean: the mean before the cut, in [0, 1].
+      mean: the mean before the cut, in bins from the lower edge, in [0, 1] or within 3 std of it.
 
     Raises:
       ValueError: a number `std` is not positive.

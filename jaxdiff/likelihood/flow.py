@@ -14,7 +14,8 @@ at z = b_T times standard normal latents, as samplers start from sigma_T times n
 
     log p(x) = log N(z_T; 0, b_T² I) + D log a_0 + int a (tr dx0/dz - a D) dl              (2)
 
-with l from the start to the end. The trace costs a derivative along each of the D coordinates, or
+with l from the start to the end. What noisy data at the end still differ from noise is the model's
+error, and counts. The trace costs a derivative along each of the D coordinates, or
 is estimated from a few random directions e of independent signs (Hutchinson 1990), the same all
 the way, as E[e' (dx0/dz) e]: without bias, and the spread over directions tells the error.
 """
@@ -22,6 +23,7 @@ the way, as E[e' (dx0/dz) e]: without bias, and the spread over directions tells
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -108,7 +110,8 @@ def probability_flow(
 
     Raises:
       ImportError: diffrax is not installed.
-      TypeError: `x` is not floating, or `key` not a typed key.
+      TypeError: `x` is not floating, `key` not a typed key, or `start` no index of a discrete
+        schedule.
       ValueError: `trace` is neither; a number, tolerance or the start is out of range; the mask
         does not fit.
 
@@ -122,6 +125,7 @@ def probability_flow(
     """
     diffrax = load_diffrax("likelihood.probability_flow")
     check_accuracy(rtol, atol, max_steps)
+    rng.check_key(key)
     _check_trace(trace, num_probes)
     x = fill_masked(check_float("x", x), mask)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -141,7 +145,7 @@ def probability_flow(
     def believed(z: Array, place: Array) -> tuple[Array, Array | int]:
         alpha, sigma = schedule.levels(2 * place)
         node = Node(schedule.time(2 * place), alpha, sigma)
-        prediction = denoiser(node_scale(node, z) * z, node)
+        prediction = denoiser(_scale(node, z) * z, node)
         return prediction.x0, prediction.evaluations
 
     def velocity(place: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -165,10 +169,11 @@ def probability_flow(
     latents = z * jnp.exp(-log_sine).reshape(-1, *(1,) * len(events))
     prior = -0.5 * jnp.sum(latents**2, axis=events) - size * (0.5 * math.log(2 * math.pi))
     draws = prior[:, None] + size[:, None] * (change + (log_cosine - log_sine)[:, None])
-    return Flow(jnp.mean(draws, axis=1), latents, _error(draws, directions), (asked + 1) * cost)
+    evaluations = jnp.asarray((asked + 1) * cost, jnp.int32)
+    return Flow(jnp.mean(draws, axis=1), latents, _error(draws, directions), evaluations)
 
 
-def node_scale(node: Node, x: Array) -> Array:
+def _scale(node: Node, x: Array) -> Array:
     """Returns s = sqrt(alpha² + sigma²) of a node, so that it broadcasts against x."""
     node = node.over(x)
     return jnp.sqrt(node.alpha**2 + node.sigma**2)
@@ -209,7 +214,7 @@ def _directions(key: Array, x: Array, num_probes: int, index: Array | None) -> A
     return jax.vmap(draw)(jnp.arange(num_probes))
 
 
-def _traces(push: jax.typing.ArrayLike, z: Array, directions: Array | None) -> Array:
+def _traces(push: Callable[[Array], Array], z: Array, directions: Array | None) -> Array:
     """Returns the trace, or what each direction says of it, `(B, 1 or num_probes)`."""
     events = tuple(range(1, z.ndim))
 
