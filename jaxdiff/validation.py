@@ -14,8 +14,8 @@ by what the network itself rounds differently, and two models by the models.
 Example:
   >>> from jaxdiff import denoisers, predictions, schedules
   >>> exact, schedule = denoisers.gaussian([0.0, 0.0], 0.5), schedules.linear()
-  >>> x0, points = exact.sample(jax.random.key(0), 500), grid(schedule, 10)
-  >>> e = errors(jax.random.key(1), exact.denoiser, x0, points)
+  >>> x0, points = 0.5 * jax.random.normal(jax.random.key(0), (500, 2)), grid(schedule, 10)
+  >>> e = jax.jit(lambda x0: errors(jax.random.key(1), exact.denoiser, x0, points))(x0)
   >>> found = summarize(e, points, predictions.eps)
   >>> e.shape, found.eps.mean.shape, f"{found.weighted.mean:.1f}"
   ((10, 500), (10,), '0.2')

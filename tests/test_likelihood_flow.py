@@ -33,9 +33,7 @@ def flow(schedule, denoiser=MIXTURE.denoiser, key=0, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "schedule",
-    [schedules.rectified_flow(), schedules.edm(), schedules.linear(1000)],
-    ids=["flow", "edm", "linear"],
+    "schedule", [schedules.rectified_flow(), schedules.linear(1000)], ids=["flow", "linear"]
 )
 def test_the_log_density_of_a_mixture_is_exact(schedule):
     x = jnp.concatenate([MIXTURE.sample(jax.random.key(0), 24), jnp.full((1, 4), 1.2)])
@@ -50,23 +48,21 @@ def test_the_log_density_of_a_mixture_is_exact(schedule):
 
 
 def test_gaussian_data_become_their_own_latents_and_a_start_costs_what_is_said():
-    # Three starts in one: of each example its own flow, at Gauss-Hermite nodes of N(mean, std²).
-    mean, std = 0.3, 0.5
-    exact = denoisers.gaussian([mean], [std])
+    # At Gauss-Hermite nodes of N(mean, std²), so that means over the data are exact.
+    mean, std, start = 0.3, 0.5, 0.1
+    exact, schedule = denoisers.gaussian([mean], [std]), schedules.vp_cosine()
     nodes, weights = np.polynomial.hermite_e.hermegauss(12)
     x = jnp.asarray(mean + std * nodes[:, None], jnp.float32)
-    found = flow(schedules.vp_cosine(), exact.denoiser)(x)
-    np.testing.assert_allclose(found.latents[:, 0], nodes, atol=2e-4)
-    np.testing.assert_allclose(
-        found.log_density, stats.norm.logpdf(np.asarray(x[:, 0], float), mean, std), atol=1e-3
-    )
-    start = 0.1
-    node = schedules.vp_cosine().at(start)
-    blurred = flow(schedules.vp_cosine(), exact.denoiser, start=start)(x)
+    found = flow(schedule, exact.denoiser, start=start)(x)
+    node = schedule.at(start)
     ratio = float(node.sigma / node.alpha / std) ** 2
-    cost = weights @ (found.log_density - blurred.log_density) / weights.sum()
-    np.testing.assert_allclose(cost, 0.5 * (np.log1p(ratio) - ratio / (1 + ratio)), atol=1e-4)
-    np.testing.assert_allclose(cost, ratio**2 / 4, rtol=0.15)
+    wide = std * np.sqrt(1 + ratio)
+    np.testing.assert_allclose(found.latents[:, 0], nodes * std / wide, atol=2e-4)
+    true = stats.norm.logpdf(np.asarray(x[:, 0], float), mean, std)
+    blurred = stats.norm.logpdf(np.asarray(x[:, 0], float), mean, wide)
+    np.testing.assert_allclose(found.log_density, blurred, atol=1e-3)
+    cost = weights @ (true - found.log_density) / weights.sum()
+    np.testing.assert_allclose(cost, ratio**2 / 4, rtol=0.2)
 
 
 def test_hutchinson_has_no_bias_and_knows_its_error():
@@ -81,16 +77,7 @@ def test_hutchinson_has_no_bias_and_knows_its_error():
     assert abs(excess.mean()) < 5.5 * excess.std() / 20
 
 
-def test_directions_are_signs_by_address_and_neighbours_do_not_count():
-    # A direction of signs is exact where the Jacobian is diagonal, as a normal one is not.
-    exact = denoisers.gaussian([0.1, -0.2], [0.3, 0.2])
-    run = flow(schedules.vp_cosine(), exact.denoiser, trace="hutchinson", num_probes=2)
-    x = exact.sample(jax.random.key(1), 4)
-    found = run(x)
-    expected = stats.norm.logpdf(np.asarray(x, float), [0.1, -0.2], [0.3, 0.2]).sum(1)
-    np.testing.assert_allclose(found.log_density, expected, atol=1e-3)
-    np.testing.assert_allclose(found.error, 0, atol=1e-4)
-
+def test_directions_are_by_address_and_neighbours_do_not_count():
     run = flow(schedules.vp_linear(), trace="hutchinson")
     x = MIXTURE.sample(jax.random.key(1), 4)
     whole = run(x, index=jnp.arange(4))
@@ -106,7 +93,8 @@ def test_directions_are_signs_by_address_and_neighbours_do_not_count():
 
 
 def test_only_what_counts_has_a_density():
-    mean, std = np.array([0.1, -0.2, 0.4]), np.array([0.3, 0.2, 0.5])
+    # The Jacobian is diagonal: directions of signs are exact, as normal ones would not be.
+    mean, std = np.zeros(3), np.array([0.3, 0.2, 0.5])
     exact = denoisers.gaussian(mean, std)
     mask = np.array([[1, 1, 0], [0, 0, 1], [1, 1, 1]])
     x = exact.sample(jax.random.key(1), 3)
@@ -117,15 +105,12 @@ def test_only_what_counts_has_a_density():
         prediction = exact.denoiser(x, node).x0
         return Prediction(jnp.where(mask > 0, prediction, 7.0 + x), evaluations=3)
 
-    found = flow(schedules.vp_cosine(), denoiser, mask=mask)(jnp.where(mask > 0, x, jnp.nan))
-    np.testing.assert_allclose(found.log_density, expected, atol=6e-4)
+    run = flow(schedules.edm(), denoiser, mask=mask, trace="hutchinson", num_probes=2)
+    found = run(jnp.where(mask > 0, x, jnp.nan))
+    np.testing.assert_allclose(found.log_density, expected, atol=1e-3)
+    np.testing.assert_allclose(found.error, 0, atol=1e-4)
     np.testing.assert_array_equal(found.latents[mask == 0], 0)
     np.testing.assert_array_equal(found.evaluations % 3, 0)
-
-
-def test_a_flow_that_needs_too_many_steps_says_nothing():
-    x = MIXTURE.sample(jax.random.key(0), 2)
-    assert np.isnan(flow(schedules.vp_cosine(), max_steps=2)(x).log_density).all()
 
 
 def test_bad_arguments_are_refused(monkeypatch):

@@ -118,9 +118,9 @@ def probability_flow(
     Example:
       >>> from jaxdiff import denoisers, schedules
       >>> exact = denoisers.gaussian([0.0, 0.0], 0.5)
-      >>> flow = probability_flow(
-      ...     jax.random.key(0), exact.denoiser, schedules.vp_cosine(), jnp.array([[0.5, -1.0]]))
-      >>> print(f"{flow.log_density[0]:.3f}")  # log N(x; 0, 0.25)
+      >>> flow = jax.jit(lambda x: probability_flow(
+      ...     jax.random.key(0), exact.denoiser, schedules.vp_cosine(), x))
+      >>> print(f"{flow(jnp.array([[0.5, -1.0]])).log_density[0]:.3f}")  # log N(x; 0, 0.25)
       -2.952
     """
     diffrax = load_diffrax("likelihood.probability_flow")
