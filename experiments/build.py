@@ -188,8 +188,7 @@ def make_model(config: ConfigDict, channels: int) -> UNet:
     classes = config.labels.num_classes
     return UNet(
         out_channels=channels * (1 if config.vlb_weight is None else 2),
-        # One more: no label.
-        num_classes=classes + 1 if classes else None,
+        num_classes=classes + config.labels.null if classes else None,
         image_channels=_context_channels(config, channels) if is_table(config) else None,
         noise_level_scale=1.0 if make_schedule(config).num_steps else 1000.0,
         **{**config.model, "dtype": jnp.dtype(config.model.dtype)},
@@ -287,17 +286,12 @@ def make_loss(
     config: ConfigDict, shape: tuple[int, ...], own: columns.Columns | None = None
 ) -> LossFn:
     """Returns the loss function, for examples of the given shape; `own` as of `make_network`."""
-    schedule = make_schedule(config)
-    elbo = (schedule,) if config.weighting == "elbo" else ()
     null = null_condition(config)
-    weighting = {**config.weighting_options.to_dict()}
-    if config.weighting == "edm":
-        weighting["sigma_data"] = config.sigma_data
     return losses.denoising_loss(
         make_network(config, shape, own),
-        schedule,
+        make_schedule(config),
         make_parameterization(config),
-        call("weighting", config.weighting, WEIGHTINGS, weighting, *elbo),
+        make_weighting(config),
         make_timesteps(config),
         scales=config.loss_scales,
         dropout=config.model.dropout > 0,
@@ -309,10 +303,19 @@ def make_loss(
     )
 
 
+def make_weighting(config: ConfigDict) -> losses.Weighting:
+    """Returns the weighting of the loss."""
+    elbo = (make_schedule(config),) if config.weighting == "elbo" else ()
+    options = config.weighting_options.to_dict()
+    if config.weighting == "edm":
+        options["sigma_data"] = config.sigma_data
+    return call("weighting", config.weighting, WEIGHTINGS, options, *elbo)
+
+
 def null_condition(config: ConfigDict) -> PyTree:
     """Returns the condition of one example that says nothing, or None without conditions."""
     if config.labels.num_classes:
-        return np.int32(config.labels.num_classes)
+        return np.int32(config.labels.num_classes) if config.labels.null else None
     if config.model.vector_dim:
         return {"vector": np.zeros(config.model.vector_dim, np.float32)}
     return None

@@ -37,7 +37,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import build, cohorts, drawing, evaluate, hidden_values, runs, runtime, sample
+from experiments import build, cohorts, drawing, hidden_values, runs, runtime, scores, trained
 from experiments.config import default
 from jaxdiff import columns, grids
 from jaxdiff.base import PyTree
@@ -275,7 +275,7 @@ def main() -> None:
     workdir = Path(FLAGS.workdir)
     if FLAGS.hide is not None and FLAGS.forecast is not None:
         raise ValueError("--hide scores imputation: leave one of --hide and --forecast unset")
-    config, params, shape, step = sample.load(workdir, FLAGS.step, ema=FLAGS.ema, tables_too=True)
+    config, params, shape, step = trained.load(workdir, FLAGS.step, ema=FLAGS.ema, tables_too=True)
     if not build.is_table(config):
         raise runs.RunError(f"{workdir} holds a model of images, and this command is for tables")
     for name in ("seed", "solver", "steps", "batch_size"):
@@ -294,7 +294,7 @@ def main() -> None:
         options |= {name: getattr(FLAGS, name) for name in ("hide", "resamples", "ema")}
         options["draws"] = draws
         about = {"part": "imputation", "table": FLAGS.table, "step": step, **options}
-        evaluate.append(workdir / "evaluation.json", about | record)
+        scores.append(workdir / scores.FILE, about | record)
         print(f"added to {workdir / 'evaluation.json'}")
         return
     if frame is None:

@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import build, drawing, lock, loop, runs, runtime, sample, train
+from experiments import build, drawing, lock, loop, runs, runtime, train, trained
 from experiments.config import default
 from jaxdiff import evaluation, losses, viz
 from jaxdiff.base import Array, Batch, PyTree
@@ -169,10 +169,10 @@ def distill(
       CheckpointError: a checkpoint cannot be read.
       ValueError: an option makes no sense.
     """
-    given, params, shape, _ = sample.load(workdir, step, ema=True)
+    given, params, shape, _ = trained.load(workdir, step, ema=True)
     first = by_ddim(given, teacher_steps)
     config = student_config(given, teacher_steps=teacher_steps, **options)
-    teacher = (params, sample.load_weak(first, workdir, ema=True))
+    teacher = (params, trained.load_weak(first, workdir, ema=True))
     source = build.make_source(config)
     batches = build.make_batches(config, source)
     few = by_ddim(first, config.sample.steps)  # what so few steps do without distillation

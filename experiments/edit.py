@@ -34,7 +34,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import build, drawing, runtime, sample
+from experiments import build, drawing, runtime, trained
 from experiments.config import default
 from jaxdiff import data, editing, grids, rng, sampling, viz
 from jaxdiff.base import Array, Denoiser, Node, PyTree
@@ -409,10 +409,10 @@ def save(out: Path, edited: Edited, options: Mapping[str, Any], *, gif: bool) ->
 def main() -> None:
     """Runs the command."""
     workdir = Path(FLAGS.workdir)
-    config, params, shape, step = sample.load(workdir, FLAGS.step, ema=FLAGS.ema)
+    config, params, shape, step = trained.load(workdir, FLAGS.step, ema=FLAGS.ema)
     settle(config)
     x0, labels = real_images(config, FLAGS.num, FLAGS.first_index)
-    weak = sample.load_weak(config, workdir, ema=FLAGS.ema)
+    weak = trained.load_weak(config, workdir, ema=FLAGS.ema)
     make = functools.partial(drawing.make_denoiser(config, shape), weak=weak)
     edited = TASKS[FLAGS.task](config, make, params, x0, labels)
     own = {name: FLAGS[name].value for name, tasks in ONLY_OF.items() if FLAGS.task in tasks}

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import runs
+from experiments import runs, scores
 from jaxdiff import viz
 
 SHOWN = 100  # samples in a picture
@@ -96,10 +96,10 @@ def write(
     lines: Sequence[Mapping[str, Any]],
     more: Sequence[viz.Section] = (),
 ) -> None:
-    """Writes report.html, with `more` sections after the first."""
+    """Writes report.html, with what was evaluated and `more` sections after the first."""
     if jax.process_index():
         return
-    sections = [viz.Section("The run", [dict(about)]), *more]
+    sections = [viz.Section("The run", [dict(about)]), *scores.section(workdir), *more]
     picture = workdir / "samples.png"
     if picture.exists():
         blocks: list[Any] = [viz.Image(picture, f"The first {SHOWN} samples")]
@@ -125,3 +125,8 @@ def write(
         sections.append(viz.Section("Training", curves))
     sections.append(viz.Section("Configuration", [runs.as_json(config)]))
     viz.report_html(workdir / "report.html", title=f"jaxdiff: {config.name}", sections=sections)
+
+
+def renew(workdir: Path) -> None:
+    """Writes the report of a run of images again, from what the run directory holds."""
+    write(workdir, runs.load_config(workdir), runs.about(workdir), runs.read_metrics(workdir))

@@ -76,11 +76,19 @@ def load_config(workdir: Path) -> ConfigDict:
             f"{workdir} holds no run (no config.json): train one with --workdir={workdir}"
         )
     try:
-        saved = json.loads(path.read_text())
-        config = default()
-        _update(config, _of_now(saved))
+        return read_config(json.loads(path.read_text()))
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} is damaged, or of another version of jaxdiff: {error}") from error
+
+
+def read_config(saved: dict[str, Any]) -> ConfigDict:
+    """Returns the configuration that `as_json` gave, also by an earlier version.
+
+    Raises:
+      KeyError, TypeError or ValueError: it is none.
+    """
+    config = default()
+    _update(config, _of_now(saved))
     return config
 
 
@@ -320,6 +328,11 @@ def _tensorboard(folder: Path) -> Any:
             'train.tensorboard needs tensorboardX: pip install "jaxdiff[tensorboard]"'
         ) from error
     return SummaryWriter(str(folder))
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the lines of `metrics.jsonl`; none if there are none yet."""
+    return _lines(workdir / "metrics.jsonl")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

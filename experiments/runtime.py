@@ -29,18 +29,22 @@ MENDABLE = (RunError, CheckpointError, ImportError, OSError, TypeError, ValueErr
 def start() -> None:
     """Sets up logging and the cache of compiled programs; call it before anything is compiled.
 
-    The cache is in `JAX_COMPILATION_CACHE_DIR`, or else in `~/.cache/jaxdiff`.
+    The cache is in `JAX_COMPILATION_CACHE_DIR`, or else in `cache_folder()`.
     """
     logging.set_verbosity(logging.ERROR)  # not what JAX, Orbax and TFDS remark on the way
     # Eight heaps a core, as glibc has it, each with gaps of its own, would grow for a long time.
     with contextlib.suppress(AttributeError, OSError):  # other C libraries
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, os.cpu_count() or 1)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path.home() / ".cache" / "jaxdiff"
         with contextlib.suppress(OSError):
-            cache.mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(cache))
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def cache_folder() -> Path:
+    """Returns where what can be made again is kept: compiled programs, features of data sets."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxdiff"
 
 
 def scans_are_fast() -> bool:

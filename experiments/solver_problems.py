@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from experiments import build, drawing, sample
+from experiments import build, drawing, trained
 from jaxdiff import denoisers, grids, rng, sampling, schedules, solvers
 from jaxdiff.base import Array, Denoiser, Node, PyTree, Schedule, Solver
 
@@ -158,10 +158,10 @@ def network_problem(
       sigma_min: the last sigma/alpha before clean data; the schedule's if None.
 
     Raises:
-      RunError: see `experiments.sample.load`.
+      RunError: see `experiments.trained.load`.
       ValueError: the network is self-conditioned: there is no flow.
     """
-    config, params, shape, step = sample.load(workdir, step, ema=ema)
+    config, params, shape, step = trained.load(workdir, step, ema=ema)
     if config.self_condition:
         raise ValueError(
             f"{workdir} holds a self-conditioned network, whose steps depend on those before: it "

@@ -13,7 +13,7 @@ pytest.importorskip("pandas")
 
 import pandas as pd
 
-from experiments import build, cohorts, evaluate_table, realism, runs, sample, train
+from experiments import build, cohorts, evaluate_table, realism, runs, train, trained
 from experiments.configs import clinical
 from jaxdiff.data import tables
 
@@ -104,7 +104,7 @@ def test_the_same_run_is_the_same_file(finished, tmp_path):
 
 
 def loaded(workdir):
-    config, params, shape, _ = sample.load(workdir, None, ema=True, tables_too=True)
+    config, params, shape, _ = trained.load(workdir, None, ema=True, tables_too=True)
     return config, params, shape, cohorts.load_templates(workdir)
 
 
@@ -298,4 +298,4 @@ def test_the_strawman_keeps_columns_and_breaks_records():
 
 def test_images_commands_refuse_a_table(finished):
     with pytest.raises(runs.RunError, match="model of a table"):
-        sample.load(finished, None, ema=True)
+        trained.load(finished, None, ema=True)

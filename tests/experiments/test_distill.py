@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("grain")
 pytest.importorskip("ml_collections")
 
-from experiments import build, distill, drawing, runs, sample, train
+from experiments import build, distill, drawing, runs, sample, train, trained
 from experiments.config import default
 from experiments.configs import digits
 from jaxdiff.training import checkpoints
@@ -121,7 +121,7 @@ def test_a_distilled_run_is_a_run(taught, distilled):
         "config.json", "run.json", "metrics.jsonl", "checkpoints", "samples.png", "samples.npz",
         "report.html", "losses.f32", ".lock",
     }  # fmt: skip
-    config, params, shape, step = sample.load(distilled, None, ema=True)
+    config, params, shape, step = trained.load(distilled, None, ema=True)
     assert (config.name, shape, step) == ("tiny_distilled", (8, 8, 1), 2 * UPDATES)
     options = config.sample
     assert (options.solver, options.grid, options.steps) == ("ddim", "trailing", 1)
@@ -138,20 +138,20 @@ def test_a_distilled_run_is_a_run(taught, distilled):
     assert set(about(distilled)["teacher"]) >= {"sha256", "precision", "recall", "coverage"}
     assert set(about(distilled)["scores"]) >= {"precision", "recall", "coverage"}
     # The student of the first round is there, too.
-    assert sample.load(distilled, UPDATES, ema=True)[3] == UPDATES
+    assert trained.load(distilled, UPDATES, ema=True)[3] == UPDATES
 
 
 def test_a_student_goes_where_its_guided_teacher_goes(taught, distilled):
     def draw(workdir, like, step=None):
         # By the configuration of `like`: guided where it is the teacher's.
-        _, params, shape, _ = sample.load(workdir, step, ema=True)
+        _, params, shape, _ = trained.load(workdir, step, ema=True)
         return sample.draw_all(like, params, shape)[0]
 
     def distance(a, b):
         return np.sqrt(np.mean((a - b) ** 2))
 
-    guided = sample.load(taught, None, ema=True)[0]
-    plain = sample.load(distilled, None, ema=True)[0]
+    guided = trained.load(taught, None, ema=True)[0]
+    plain = trained.load(distilled, None, ema=True)[0]
     first = draw(distilled, distill.by_ddim(plain, 2), UPDATES)
     teacher = draw(taught, distill.by_ddim(guided, 4))
     untaught = draw(taught, distill.by_ddim(plain, 2))

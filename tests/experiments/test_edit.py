@@ -16,7 +16,7 @@ pytest.importorskip("ml_collections")
 pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
 
-from experiments import build, edit, runs
+from experiments import build, edit, runs, trained
 from experiments.configs import digits_conditional
 from jaxdiff import rng
 from jaxdiff.training import checkpoints
@@ -177,14 +177,14 @@ def test_what_cannot_be_done_is_refused(command, tmp_path, arguments, match):
 
 
 def test_self_conditioned_networks_are_not_inverted(command, monkeypatch):
-    load = edit.sample.load
+    load = trained.load
 
     def self_conditioned(*args, **kwargs):
         config, *rest = load(*args, **kwargs)
         config.self_condition = True
         return config, *rest
 
-    monkeypatch.setattr(edit.sample, "load", self_conditioned)
+    monkeypatch.setattr(trained, "load", self_conditioned)
     with pytest.raises(ValueError, match="self-conditioned network cannot be inverted"):
         command("--task=inversion")
 

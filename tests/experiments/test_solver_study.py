@@ -16,7 +16,7 @@ pytest.importorskip("ml_collections")
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
-from experiments import build, drawing, sample, solver_problems, solver_report, solver_study
+from experiments import build, drawing, solver_problems, solver_report, solver_study, trained
 from experiments.configs import digits
 from experiments.solver_study import ROWS
 from jaxdiff import denoisers, grids, rng, sampling, schedules, solvers
@@ -245,7 +245,7 @@ def test_spacings_by_noise_start_at_80_unless_the_schedule_or_the_user_says_less
 
 @pytest.fixture
 def untrained(monkeypatch):
-    """A run that `sample.load` finds: a tiny network whose last layer is not zero."""
+    """A run that `trained.load` finds: a tiny network whose last layer is not zero."""
     config = digits.get_config()
     config.model.update({"channels": 8, "channel_multipliers": (1,)})
     config.schedule.name = "linear"
@@ -255,7 +255,7 @@ def untrained(monkeypatch):
         lambda leaf: 0.1 * draw.normal(size=leaf.shape).astype(np.float32),
         jax.eval_shape(init).params,
     )
-    monkeypatch.setattr(sample, "load", lambda *args, **kwargs: (config, params, (8, 8, 1), 7))
+    monkeypatch.setattr(trained, "load", lambda *args, **kwargs: (config, params, (8, 8, 1), 7))
     return config, params
 
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("grain")
 pytest.importorskip("ml_collections")
 
-from experiments import build, runs, sample, train
+from experiments import build, runs, train, trained
 from experiments.configs import digits
 from jaxdiff.training import sharding
 from tests import small_runs
@@ -159,7 +159,7 @@ def test_the_network_has_the_same_parameters_in_all_stages():
 
 def test_the_last_stage_is_what_is_sampled_from(pointwise, tmp_path):
     train.train(staged(), tmp_path)
-    config, params, shape, step = sample.load(tmp_path, None, ema=True)
+    config, params, shape, step = trained.load(tmp_path, None, ema=True)
     assert (step, shape) == (8, (8, 8, 1))
     assert (config.data.shrink, config.train.batch_size) == (1, 8)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
