@@ -17,6 +17,8 @@ def default() -> ConfigDict:
         {
             "name": "",
             "seed": 0,
+            # A directory of a model whose parameters to start from: see experiments.pretrained.
+            "init_from": config_dict.placeholder(str),
             # How many parts of the devices; -1 for what is left. It changes no result.
             "mesh": {
                 "data": -1,
@@ -75,6 +77,7 @@ def default() -> ConfigDict:
             "labels": {
                 "num_classes": 0,  # the network is told the data's labels; 0 for not
                 "dropout": 0.1,  # how often it is not (or of the vector), for guidance without
+                "null": True,  # whether there is a label more, for none; others' models may lack it
             },
             "model": {
                 "channels": 128,
@@ -82,10 +85,18 @@ def default() -> ConfigDict:
                 "num_res_blocks": 2,
                 "attention_levels": (1,),
                 "num_heads": 1,
+                "head_dim": config_dict.placeholder(int),  # instead of num_heads
                 "num_groups": 32,
                 "min_group_channels": 4,
+                "norm_epsilon": 1e-6,
                 "dropout": 0.0,
                 "scale_shift": False,
+                "resample_blocks": False,
+                # As other libraries have it.
+                "frequency_shift": 1.0,
+                "cosine_first": False,
+                "downsample_padding": 0,
+                "mid_attention_norm": True,
                 "vector_dim": config_dict.placeholder(int),  # of conditions; tables bring their own
                 "dtype": "float32",
                 "remat": False,

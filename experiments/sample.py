@@ -6,8 +6,10 @@
     python -m experiments.sample --workdir=runs/digits_conditional --solver=dpm_solver_pp \
         --order=3 --grid=karras --rho=5 --steps=20 --guidance=classifier_free --scale=2 --label=7
     python -m experiments.sample --workdir=runs/clinical --num=200 --where=sex=f --where=trt=1
+    python -m experiments.sample --pretrained=ddpm-cifar10-32 --num=16
 
-Samples of a model of a table are patients, written to OUT/synthetic.csv.
+`--pretrained` is the directory of a model from elsewhere (`experiments.pretrained`), such as one of
+diffusers. Samples of a model of a table are patients, written to OUT/synthetic.csv.
 
 Sample i of a seed is the same picture whatever the batch size and the number of devices: the second
 command draws those numbered 40 to 59. Of several processes (--coordinator, --num_processes,
@@ -24,12 +26,12 @@ import tqdm
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import build, cohorts, drawing, report, runs, runtime
+from experiments import build, cohorts, drawing, pretrained, report, runtime, trained
 from experiments.config import default
 from jaxdiff import viz
 from jaxdiff.base import PyTree
 from jaxdiff.data import tables
-from jaxdiff.training import checkpoints, sharding
+from jaxdiff.training import sharding
 
 FLAGS = flags.FLAGS
 GIF_FRAMES = 50
@@ -85,7 +87,16 @@ AT_LEAST = {"num": 1, "batch_size": 1, "seed": 0}
 def define_flags() -> None:
     """Defines the command's flags; not on import, where they would meet another command's."""
     flags.DEFINE_string("workdir", "runs/digits", "The run directory of the trained model.")
-    flags.DEFINE_string("out", None, "Folder to write to; WORKDIR/drawn if not given.")
+    flags.DEFINE_string(
+        "pretrained",
+        None,
+        "Instead, the directory of an export, or of a diffusers UNet2DModel or its pipeline.",
+    )
+    flags.DEFINE_string(
+        "out",
+        None,
+        "Folder to write to; if not given WORKDIR/drawn, or drawn/NAME of a pretrained.",
+    )
     flags.DEFINE_integer("step", None, "The checkpoint to use; the newest if not given.")
     flags.DEFINE_bool("ema", True, "Use the average of the parameters.")
     flags.DEFINE_integer("fsdp", 1, "How many devices share a copy of the parameters.", 1)
@@ -124,56 +135,18 @@ def override(config: ConfigDict) -> None:
         section[last] = value
 
 
-def load(
-    workdir: Path, step: int | None, *, ema: bool, tables_too: bool = False, fsdp: int = 1
-) -> tuple[ConfigDict, PyTree, tuple, int]:
-    """Returns the run's configuration, its parameters, an example's shape and the step.
-
-    Args:
-      workdir: the run directory.
-      step: which checkpoint; None for the newest.
-      ema: whether to return the average of the parameters.
-      tables_too: whether the caller knows what to do with models of tables.
-      fsdp: over how many devices the parameters are divided.
+def load_pretrained(directory: Path) -> pretrained.Model:
+    """Returns the model in a directory, its parameters on the devices.
 
     Raises:
-      RunError: the directory holds no run, or none with a checkpoint, or that of a table.
-      CheckpointError: the checkpoint cannot be read.
-      FileNotFoundError: there is no checkpoint of that step.
+      ValueError: a flag is for runs; and as `pretrained.load`, which may raise others.
     """
-    config = runs.load_config(workdir)
-    config.mesh.fsdp = fsdp
-    if build.is_table(config) and not tables_too:
-        raise runs.RunError(
-            f"{workdir} holds a model of a table, and this command is for images: there are "
-            "experiments.sample, evaluate and complete"
-        )
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        raise runs.RunError(f"{workdir} has no checkpoint yet: train it first")
-    shape = runs.example_shape(workdir)
-    own = cohorts.load_templates(workdir).own if build.is_table(config) else None
-    init, _ = build.make_training(config, shape, own)
-    like = jax.eval_shape(init)
-    places = sharding.fully_sharded(build.make_mesh(config), like)
-    like = sharding.placed(like, places)
-    with checkpoints.open_folder(folder, read_only=True) as saved:
-        state = checkpoints.restore(saved, like, step).state
-    return config, state.ema if ema else state.params, shape, int(state.step)
-
-
-def load_weak(config: ConfigDict, workdir: Path, *, ema: bool) -> PyTree:
-    """Returns the parameters of the worse network of autoguidance, or None for others.
-
-    Raises:
-      ValueError: autoguidance is not told which.
-    """
-    if config.sample.guidance != "autoguidance":
-        return None
-    step = config.sample.guidance_options.weak_step
-    if step is None:
-        raise ValueError("autoguidance needs a worse network: name a checkpoint by --weak_step")
-    return load(workdir, step, ema=ema, fsdp=config.mesh.fsdp)[1]
+    if FLAGS["workdir"].present or FLAGS.step is not None or not FLAGS.ema:
+        raise ValueError("--workdir, --step and --noema are for runs: leave them or --pretrained")
+    found = pretrained.load(directory)
+    found.config.mesh.fsdp = FLAGS.fsdp
+    places = sharding.fully_sharded(build.make_mesh(found.config), found.params)
+    return found._replace(params=jax.device_put(found.params, places))
 
 
 def draw_all(
@@ -252,11 +225,15 @@ def write_patients(
 def main() -> None:
     """Runs the command."""
     workdir = Path(FLAGS.workdir)
-    config, params, shape, step = load(
-        workdir, FLAGS.step, ema=FLAGS.ema, tables_too=True, fsdp=FLAGS.fsdp
-    )
-    override(config)
     out = Path(FLAGS.out or workdir / "drawn")
+    if FLAGS.pretrained:
+        config, params, shape, step = load_pretrained(Path(FLAGS.pretrained))
+        out = Path(FLAGS.out or Path("drawn") / config.name)
+    else:
+        config, params, shape, step = trained.load(
+            workdir, FLAGS.step, ema=FLAGS.ema, tables_too=True, fsdp=FLAGS.fsdp
+        )
+    override(config)
     out.mkdir(parents=True, exist_ok=True)
     if build.is_table(config):
         write_patients(out, config, params, shape, cohorts.load_templates(workdir))
@@ -265,7 +242,7 @@ def main() -> None:
         return
     if FLAGS.where or FLAGS.visits is not None:
         raise ValueError("--where and --visits are for models of tables")
-    weak = load_weak(config, workdir, ema=FLAGS.ema)
+    weak = trained.load_weak(config, workdir, ema=FLAGS.ema)
     samples, numbers = draw_all(config, params, shape, FLAGS.first_index, weak)
     options = {**config.sample.to_dict(), "step": step, "ema": FLAGS.ema}
     labels = drawing.make_labels(config, FLAGS.first_index, config.sample.num)
@@ -273,7 +250,8 @@ def main() -> None:
     path = report.save_samples(out / "samples", samples, options, numbers, labels, shared=True)
     if FLAGS.gif:
         save_gif(out / "samples.gif", config, params, shape, FLAGS.first_index, weak)
-    print(f"drew {config.sample.num} samples with the parameters of step {step}")
+    of = FLAGS.pretrained if step is None else f"the parameters of step {step}"
+    print(f"drew {config.sample.num} samples with {of}")
     print(f"look at {out / 'samples.png'}; the samples themselves are in {path}")
 
 

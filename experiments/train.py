@@ -3,6 +3,8 @@
     python -m experiments.train
     python -m experiments.train --config=experiments/configs/mnist.py --config.seed=1
 
+--config.init_from=DIR starts from the parameters of another model (experiments.pretrained).
+
 A run that was interrupted, at any instant, goes on when the same command is given again, and ends
 with the same parameters as if it had not been. On SIGTERM it saves, and exits with status 75.
 
@@ -28,8 +30,20 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from experiments import build, cohorts, drawing, lock, loop, realism, report, runs, runtime
+from experiments import (
+    build,
+    cohorts,
+    drawing,
+    lock,
+    loop,
+    pretrained,
+    realism,
+    report,
+    runs,
+    runtime,
+)
 from jaxdiff import evaluation, sampling, viz
+from jaxdiff.base import PyTree
 from jaxdiff.data import tables
 from jaxdiff.training import TrainState, checkpoints, sharding
 
@@ -95,12 +109,20 @@ def train(
             )
             notice.step = saved.latest or 0
             state, position = resume(saved, parts, mesh)
+            origin = None
+            if config.init_from and saved.latest is None:
+                params, origin = pretrained.start_from(config, state.params)
+                state = with_parameters(state, params)
+            elif config.init_from:
+                origin = runs.about(workdir).get("init_from")
             notice.step = position
             runs.write_json(workdir / "config.json", runs.as_json(config))
             if cohort:
                 cohorts.save(workdir, cohort)
             num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             about = runs.describe(config, num_params, shape)
+            if origin:
+                about["init_from"] = origin
             runs.write_json(workdir / "run.json", about)
             print(f"{config.name}: {num_params:,} parameters, from step {position}", flush=True)
 
@@ -293,6 +315,20 @@ def resume(
     saved_in = next(part for part in parts if step <= part.last)
     saved_in.batches.set_state(restored.data)
     return restored.state, step
+
+
+def with_parameters(state: TrainState, params: PyTree) -> TrainState:
+    """Returns a state before the first step with other parameters, and averages of these."""
+
+    def placed() -> PyTree:  # arrays of their own each time, as all of the state is donated
+        return jax.tree.map(
+            lambda new, old: jax.device_put(np.asarray(new, old.dtype), old.sharding),
+            params,
+            state.params,
+        )
+
+    averages = state.averages and {name: placed() for name in state.averages}
+    return dataclasses.replace(state, params=placed(), ema=placed(), averages=averages)
 
 
 def open_snapshots(workdir: Path, step: int) -> checkpoints.Checkpointer:

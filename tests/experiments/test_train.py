@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("grain")
 pytest.importorskip("ml_collections")
 
-from experiments import build, drawing, runs, sample, train
+from experiments import build, drawing, runs, sample, train, trained
 from experiments.config import default
 from experiments.configs import (
     cifar10,
@@ -271,7 +271,7 @@ def test_every_config_makes_a_model_and_a_sampler(module):
 
 
 def test_samples_are_the_same_in_any_batches_and_from_any_index(finished):
-    config, params, shape, step = sample.load(finished, None, ema=True)
+    config, params, shape, step = trained.load(finished, None, ema=True)
     assert step == 6
     whole, numbers = sample.draw_all(config, params, shape, 0)
     np.testing.assert_array_equal(numbers, np.arange(20))
@@ -284,7 +284,7 @@ def test_samples_are_the_same_in_any_batches_and_from_any_index(finished):
 
 
 def test_the_reverse_process_is_animated(finished, tmp_path):
-    config, params, shape, _ = sample.load(finished, None, ema=False)
+    config, params, shape, _ = trained.load(finished, None, ema=False)
     sample.save_gif(tmp_path / "a.gif", config, params, shape, 0)
     from PIL import Image
 
@@ -294,13 +294,13 @@ def test_the_reverse_process_is_animated(finished, tmp_path):
 
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(runs.RunError, match="holds no run"):
-        sample.load(tmp_path, None, ema=True)
+        trained.load(tmp_path, None, ema=True)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(runs.RunError, match="is damaged"):
-        sample.load(tmp_path, None, ema=True)
+        trained.load(tmp_path, None, ema=True)
     runs.write_json(tmp_path / "config.json", runs.as_json(tiny()))
     with pytest.raises(runs.RunError, match="no checkpoint yet"):
-        sample.load(tmp_path, None, ema=True)
+        trained.load(tmp_path, None, ema=True)
 
 
 class Broken:
@@ -353,7 +353,7 @@ def test_a_run_from_before_batches_were_skipped_is_read(tmp_path):
     saved = json.loads(path.read_text())
     del saved["train"]["max_skipped"]
     path.write_text(json.dumps(saved))
-    config, _, _, step = sample.load(tmp_path / "run", None, ema=True)
+    config, _, _, step = trained.load(tmp_path / "run", None, ema=True)
     assert (config.train.max_skipped, step) == (0, 6)
 
 
