@@ -13,6 +13,7 @@ validation  the loss on a fixed grid of noise levels and noise: the same numbers
 bound       bits per dimension, by the variational bound of the chain of `solvers.ddpm`, with each
             of its variances. All share the network's predictions and the noise, so that their
             differences are known better than the bounds themselves
+continuous  bits per dimension, by the variational bound in continuous time
 likelihood  bits per dimension, by the probability-flow ODE (extra `ode`), beside those of a
             Gaussian fitted to the data trained on, and of no model at all
 
@@ -62,7 +63,7 @@ from jaxdiff import viz
 
 FLAGS = flags.FLAGS
 
-OF_DATA = ("validation", "bound", "likelihood")
+OF_DATA = ("validation", "bound", "continuous", "likelihood")
 OF_SAMPLES = ("manifold", "sliced", "classifier", "inception", "classes")
 
 
@@ -149,6 +150,7 @@ def of_data(workdir: Path, names: Sequence[str], *, asked: bool) -> list[scores.
     parts = {
         "validation": functools.partial(evaluate_likelihood.validate, points=FLAGS.points),
         "bound": functools.partial(evaluate_likelihood.bound, steps=FLAGS.bound_steps),
+        "continuous": evaluate_likelihood.continuous,
         "likelihood": functools.partial(
             evaluate_likelihood.likelihood,
             trace=FLAGS.trace,

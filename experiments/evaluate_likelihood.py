@@ -231,6 +231,55 @@ def bound(
     return {"num": len(source), "steps": chain.num_steps, "seed": seed, "scores": found}
 
 
+def continuous(
+    config: ConfigDict,
+    params: PyTree,
+    shape: tuple[int, ...],
+    source: data.Source,
+    *,
+    seed: int = 0,
+    batch_size: int = 100,
+) -> dict[str, Any]:
+    """Returns the bound in bits per dimension in continuous time, and the parts it is made of.
+
+    It is that of the log-SNRs that the run's schedule has.
+
+    Args:
+      config: as of `bound`, and so are `params`, `shape`, `source`, `seed` and `batch_size`.
+      params: see there.
+      shape: see there.
+      source: see there.
+      seed: see there.
+      batch_size: see there.
+
+    Raises:
+      ValueError: as `check`.
+    """
+    check(config, source)
+    config = plain(config, threshold=True)
+    schedule, key = build.make_schedule(config), jax.random.key(seed)
+    make = drawing.make_denoiser(config, shape)
+
+    @jax.jit
+    def parts(params: PyTree, x0: Array, index: Array, labels: Array | None) -> tuple[Array, ...]:
+        bits, terms = likelihoods.continuous_bound(
+            key, make(params, labels), schedule, x0, index=index
+        )
+        return bits, terms.reconstruction, terms.diffusion, terms.prior
+
+    found = [
+        np.float64(sharding.to_host(parts(params, *batch)))
+        for batch in _batches(config, source, batch_size, "continuous")
+    ]
+    whole = _scale(shape, source) * np.concatenate(found, axis=1)[:, : len(source)]
+    names = ("bits", "reconstruction", "diffusion", "prior")
+    return {
+        "num": len(source),
+        "seed": seed,
+        "scores": {name: of_examples(row) for name, row in zip(names, whole, strict=True)},
+    }
+
+
 def likelihood(
     config: ConfigDict,
     params: PyTree,

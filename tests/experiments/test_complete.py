@@ -98,7 +98,7 @@ def model(trained):
 
 
 def load(workdir, **changes):
-    config, params, shape, _ = trained.load(workdir, None, ema=True, tables_too=True)
+    config, params, shape, _ = complete.trained.load(workdir, None, ema=True, tables_too=True)
     config.sample.update(changes)
     saved = complete.cohorts.load_templates(workdir)
     return complete.Model(config, params, shape, saved.codec, saved.own)
@@ -428,4 +428,4 @@ def test_what_a_run_without_patients_held_out_says(trained, model):
         complete.held_out(trained / "run", model)
     model.config.data.held_out = 0.25
     with pytest.raises(runs.RunError, match=r"holds no run"):
-        trained.load(trained, None, ema=True, tables_too=True)
+        complete.trained.load(trained, None, ema=True, tables_too=True)

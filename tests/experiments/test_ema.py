@@ -13,6 +13,7 @@ pytest.importorskip("grain")
 pytest.importorskip("ml_collections")
 
 from experiments import build, cohorts, ema, runs, train
+from experiments import trained as models
 from experiments.configs import clinical, digits
 from jaxdiff.training import checkpoints
 
@@ -92,7 +93,7 @@ def flat(tree):
 
 
 def load(workdir, *, average=True):
-    _, params, _, step = trained.load(workdir, None, ema=average)
+    _, params, _, step = models.load(workdir, None, ema=average)
     return flat(params), step
 
 
@@ -232,7 +233,7 @@ def test_a_model_of_a_table_keeps_what_drawing_needs(tmp_path):
     cohorts.save(workdir, cohort)
     describe(workdir, config, shape)
     out, _ = ema.make(workdir, average="half_life_4")
-    trained.load(out, None, ema=True, tables_too=True)
+    models.load(out, None, ema=True, tables_too=True)
     for name in ("cohort.json", "schema.json"):
         assert (out / name).read_bytes() == (workdir / name).read_bytes()
 

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -26,6 +27,16 @@ from jaxdiff.training import TrainState, checkpoints, init_state, sharding
 # Orbax leaves coroutines and threads behind when it fails, which are warned of at any time.
 LEFTOVERS = pytest.mark.filterwarnings("ignore")
 CONFIG = {"seed": 3, "model": {"channels": [1, 2]}}
+
+
+@pytest.fixture(autouse=True)
+def _leftovers_are_collected(request):
+    """In the test that made them, not in a later one."""
+    yield
+    if request.node.get_closest_marker("filterwarnings"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gc.collect()
 
 
 def make_state(step=7, seed=0):
