@@ -65,6 +65,8 @@ def text(found: Mapping[str, Any]) -> str:
     if error is None:
         return f"{mean:.4g}"
     digits = max(0, 1 - _exponent(error)) if error > 0 else 4
+    if digits > 6:
+        return f"{mean:.3g} +- {error:.1g}"
     return f"{mean:.{digits}f} +- {error:.{digits}f}"
 
 

@@ -319,6 +319,23 @@ def test_likelihood_of_an_exact_model(monkeypatch):
         evaluate_likelihood.likelihood(config, None, (2, 2, 1), source, draws=2)
 
 
+def test_the_bound_in_continuous_time_is_the_library_s(monkeypatch):
+    exact = denoisers.gaussian(np.zeros((8, 8, 1)), 0.3).denoiser
+    monkeypatch.setattr(drawing, "make_denoiser", lambda config, shape: lambda *args: exact)
+    images, known = pictures(5)
+    source = data.from_arrays(images, known)
+    found = evaluate_likelihood.continuous(
+        tiny(vlb_weight=None), None, (8, 8, 1), source, seed=3, batch_size=2
+    )["scores"]
+    one = functools.partial(likelihood.continuous_bound, jax.random.key(3), exact)
+    bits, terms = jax.jit(lambda x0: one(schedules.cosine(6), x0))(images / np.float32(127.5) - 1)
+    for name, expected in (("bits", bits), ("diffusion", terms.diffusion), ("prior", terms.prior)):
+        np.testing.assert_allclose(found[name]["mean"], expected.mean(), rtol=1e-4)
+        np.testing.assert_allclose(
+            found[name]["error"], np.std(expected, ddof=1) / np.sqrt(5), rtol=2e-3
+        )
+
+
 def test_a_gaussian_s_bits_are_the_mean_over_the_bin():
     bits = np.random.default_rng(0)
     known, held = (bits.integers(0, 256, (n, 2, 1, 1), np.uint8) for n in (50, 3))
@@ -441,6 +458,7 @@ def test_files_of_samples_and_of_records_are_checked(tmp_path):
         (8.0, 0.0, "8.0000 +- 0.0000"),
         (1.2345678, None, "1.235"),
         (-0.5, float("nan"), "-0.5"),
+        (1.2654e-9, 4.3e-12, "1.27e-09 +- 4e-12"),
     ],
 )
 def test_scores_have_the_digits_that_their_errors_leave(mean, error, expected):
