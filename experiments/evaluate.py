@@ -165,8 +165,14 @@ def of_data(workdir: Path, names: Sequence[str], *, asked: bool) -> list[scores.
     ]
 
 
-def of_samples(workdir: Path, names: Sequence[str]) -> list[scores.Record]:
-    """Returns a record of each of `OF_SAMPLES` that is named."""
+def of_samples(workdir: Path, names: Sequence[str], *, asked: bool) -> list[scores.Record]:
+    """Returns a record of each of `OF_SAMPLES` that is named.
+
+    Args:
+      workdir: the run directory.
+      names: what to score.
+      asked: whether they were asked for, or else what the data do not allow is left out.
+    """
     if not names:
         return []
     config = runs.load_config(workdir)
@@ -176,8 +182,11 @@ def of_samples(workdir: Path, names: Sequence[str]) -> list[scores.Record]:
         images, labels = evaluate_samples.load_samples(path)
     else:
         images, labels, about = draw(workdir, FLAGS.num)
-    real, known = evaluate_samples.gather(build.make_source(config))
+    real, known = evaluate_samples.gather(config, build.make_source(config))
     evaluate_samples.check(images, real)
+    if known is None and not asked:
+        print(f"{workdir}, classifier: left out, since the data have no labels")
+        names = [name for name in names if name != "classifier"]
     seed, batch_size = {"seed": FLAGS.seed}, {"batch_size": FLAGS.batch_size}
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "manifold": lambda: evaluate_samples.manifold(
@@ -211,7 +220,7 @@ def evaluate(workdir: Path) -> list[scores.Record]:
     names = chosen(runs.load_config(workdir))
     asked = bool(FLAGS.metrics or FLAGS.bound or FLAGS.classes)
     found = of_data(workdir, [name for name in names if name in OF_DATA], asked=asked)
-    found += of_samples(workdir, [name for name in names if name in OF_SAMPLES])
+    found += of_samples(workdir, [name for name in names if name in OF_SAMPLES], asked=asked)
     return [{**record, "about": about(record)} for record in found]
 
 

@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments import report, runs, runtime, scores
-from jaxdiff import data, evaluation, interop
+from jaxdiff import data, evaluation, interop, viz
 from jaxdiff.evaluation import classifier as classifiers
 from jaxdiff.evaluation import inception as inceptions
 
 CLASSIFIER_NEIGHBOURS = 3
 FOLDS = 5
+BATCH = 1000  # images decoded at a time
 HALVES = 20
 MOST_PAIRS = 10_000  # images of a side, where the time grows with the square
+MOST_DIFFERENCES = 5e9  # of pixels, where every one of them counts
 
 Scores = dict[str, dict[str, float | None]]
 
@@ -37,10 +40,22 @@ def load_samples(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     return found["images"], found.get("labels")
 
 
-def gather(source: data.Source) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns all images of a data set, uint8, and their labels, if any."""
-    found = data.sources.gather(source, np.arange(len(source)))
-    return found["image"], found.get("label")
+def gather(config: ConfigDict, source: data.Source) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns all images, uint8, of the size that the network sees, and their labels, if any."""
+    size = min(len(source), BATCH)
+    batches = data.make_pipeline(
+        source,
+        batch_size=size,
+        seed=0,
+        shuffle=False,
+        pad_to=config.data.pad_to,
+        shrink=config.data.shrink,
+    )
+    found = [next(batches) for _ in range(0, len(source), size)]
+    images = np.concatenate([viz.to_uint8(batch["x0"]) for batch in found])[: len(source)]
+    if "cond" not in found[0]:
+        return images, None
+    return images, np.concatenate([batch["cond"] for batch in found])[: len(source)]
 
 
 def check(images: np.ndarray, real: np.ndarray) -> None:
@@ -51,8 +66,8 @@ def check(images: np.ndarray, real: np.ndarray) -> None:
     """
     if real.shape[1:] != images.shape[1:]:
         raise ValueError(
-            f"samples have the shape {images.shape[1:]}, real images {real.shape[1:]}: samples of "
-            "runs with data.pad_to or data.shrink cannot be scored"
+            f"samples have the shape {images.shape[1:]}, the run's images {real.shape[1:]}: are "
+            "they another run's?"
         )
     if len(images) < 2 * HALVES:
         raise ValueError(
@@ -72,7 +87,8 @@ def manifold(
       neighbours: k of `evaluation.manifold_scores`.
       seed: of which images are compared where there are too many, and of the errors.
     """
-    images, real = (_some(of, MOST_PAIRS, seed) for of in (images, real))
+    most = int(np.sqrt(MOST_DIFFERENCES / images[0].size))
+    images, real = (_some(of, most, seed) for of in (images, real))
     found = evaluation.half_samples(
         lambda real, images: evaluation.manifold_scores(real, images, k=neighbours),
         _pixels(real), _pixels(images), num=HALVES, seed=seed,

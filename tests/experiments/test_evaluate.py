@@ -355,7 +355,7 @@ def test_a_gaussian_s_bits_are_the_mean_over_the_bin():
 
 def test_classes_of_real_images_and_of_wrong_labels():
     source = data.in_memory(data.from_tfds("digits"))
-    real, known = evaluate_samples.gather(source)
+    real, known = evaluate_samples.gather(tiny(), source)
     images, labels = real[:400], known[:400]
     found = evaluate_samples.classes(images, labels, real, known)
     # Each image is its own nearest neighbour, but two others can outvote it.
@@ -390,9 +390,32 @@ def test_scores_of_pixels_are_the_library_s():
     assert got["error"] > 0
 
 
+def test_real_images_are_as_the_network_sees_them(monkeypatch):
+    images, known = pictures(7, size=6)
+    monkeypatch.setattr(evaluate_samples, "BATCH", 3)
+    found, labels = evaluate_samples.gather(tiny(), data.from_arrays(images, known))
+    np.testing.assert_array_equal(found, images)
+    np.testing.assert_array_equal(labels, known)
+    found, labels = evaluate_samples.gather(
+        tiny(data={"pad_to": 8, "shrink": 2}), data.from_arrays(images)
+    )
+    padded = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)]).reshape(7, 4, 2, 4, 2, 1)
+    np.testing.assert_array_equal(found, np.rint(padded.mean((2, 4))))
+    assert labels is None
+
+
+def test_too_many_images_are_chosen_from_by_seed(monkeypatch):
+    (images, _), (real, _) = pictures(60), pictures(80, seed=1)
+    monkeypatch.setattr(evaluate_samples, "MOST_DIFFERENCES", 50 * 50 * 64)
+    first, again, other = (evaluate_samples.manifold(images, real, seed=seed) for seed in (0, 0, 1))
+    assert (first["num"], first["real"]) == (50, 50)
+    assert first == again
+    assert first["scores"] != other["scores"]
+
+
 def test_samples_that_cannot_be_compared_are_refused():
     (images, _), (real, _) = pictures(50), pictures(50, size=6)
-    with pytest.raises(ValueError, match=r"shape \(8, 8, 1\), real images \(6, 6, 1\)"):
+    with pytest.raises(ValueError, match=r"shape \(8, 8, 1\), the run's images \(6, 6, 1\)"):
         evaluate_samples.check(images, real)
     with pytest.raises(ValueError, match="at least 40 of them, got 39"):
         evaluate_samples.check(images[:39], images)
@@ -557,3 +580,13 @@ def test_samples_drawn_anew_are_the_run_s_own_whatever_the_batch(run, monkeypatc
         found.append(images.astype(int))
     assert np.abs(found[0] - found[1]).max() <= 1
     assert np.ptp(found[0]) > 50
+
+
+def test_data_without_labels_have_no_classifier_unless_it_was_asked_for(run, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "FLAGS", options(num=None, seed=0, batch_size=10))
+    monkeypatch.setattr(evaluate_samples, "gather", lambda *args: (pictures(80, seed=1)[0], None))
+    found = evaluate.of_samples(run, ["sliced", "classifier"], asked=False)
+    assert [record["part"] for record in found] == ["sliced"]
+    assert "classifier: left out, since the data have no labels" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="a classifier needs labels"):
+        evaluate.of_samples(run, ["sliced", "classifier"], asked=True)
