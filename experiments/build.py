@@ -101,6 +101,18 @@ def make_batches(config: ConfigDict, source: data.Source, *, stage: int = 0) -> 
     return data.make_pipeline(source, worker_count=workers, **_pipeline_options(config, stage))
 
 
+def in_order(config: ConfigDict, source: data.Source, batch_size: int) -> Any:
+    """Returns an endless iterator over all images in order, plain, as the network sees them."""
+    return data.make_pipeline(
+        source,
+        batch_size=batch_size,
+        seed=0,
+        shuffle=False,
+        pad_to=config.data.pad_to,
+        shrink=config.data.shrink,
+    )
+
+
 def make_resident(config: ConfigDict, source: data.Source, *, stage: int = 0) -> Any:
     """Returns `data.resident`'s arrays, iterator over addresses, and function from both."""
     return data.resident(source, **_pipeline_options(config, stage))

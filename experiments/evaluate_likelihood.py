@@ -267,11 +267,8 @@ def continuous(
         )
         return bits, terms.reconstruction, terms.diffusion, terms.prior
 
-    found = [
-        np.float64(sharding.to_host(parts(params, *batch)))
-        for batch in _batches(config, source, batch_size, "continuous")
-    ]
-    whole = _scale(shape, source) * np.concatenate(found, axis=1)[:, : len(source)]
+    found = _of_all(parts, params, config, source, batch_size, "continuous")
+    whole = _scale(shape, source) * found
     names = ("bits", "reconstruction", "diffusion", "prior")
     return {
         "num": len(source),
@@ -348,11 +345,8 @@ def likelihood(
             key, log_density, x0, noise, num_draws=draws, placement=placement, index=index
         )[0]
 
-    parts = [
-        np.float64(sharding.to_host(bits(params, *batch)))
-        for batch in _batches(config, source, batch_size, "likelihood")
-    ]
-    whole = _scale(shape, source) * np.concatenate(parts)[: len(source)]
+    found = _of_all(bits, params, config, source, batch_size, "likelihood")
+    whole = _scale(shape, source) * found
     known = build.make_source(config)
     return {
         "num": len(source),
@@ -423,12 +417,8 @@ def validate(
     def errors(params: PyTree, x0: Array, index: Array, labels: Array | None) -> Array:
         return validation.errors(key, make(params, labels), x0, grid, index=index)
 
-    parts = [
-        np.float64(sharding.to_host(errors(params, *batch)))
-        for batch in _batches(config, source, batch_size, "validation")
-    ]
     found = validation.summarize(
-        np.concatenate(parts, axis=1)[:, : len(source)],
+        _of_all(errors, params, config, source, batch_size, "validation"),
         grid,
         build.make_parameterization(config),
         build.make_weighting(config),
@@ -465,6 +455,22 @@ def of_examples(values: np.ndarray) -> dict[str, float | None]:
     return scores.score(values.mean(), values.std(ddof=1) / np.sqrt(len(values)))
 
 
+def _of_all(
+    function: Callable[..., Any],
+    params: PyTree,
+    config: ConfigDict,
+    source: data.Source,
+    batch_size: int,
+    name: str,
+) -> np.ndarray:
+    """Returns what a function says of all examples, float64, the last axis."""
+    parts = [
+        np.float64(sharding.to_host(function(params, *batch)))
+        for batch in _batches(config, source, batch_size, name)
+    ]
+    return np.concatenate(parts, axis=-1)[..., : len(source)]
+
+
 def _scale(shape: tuple[int, ...], source: data.Source) -> float:
     # Padding costs bits, but what is coded are the images.
     return np.prod(shape) / np.size(source[0]["image"])
@@ -477,14 +483,7 @@ def _batches(
 
     The last batch is filled up with the first data.
     """
-    pixels = data.make_pipeline(
-        source,
-        batch_size=batch_size,
-        seed=0,
-        shuffle=False,
-        pad_to=config.data.pad_to,
-        shrink=config.data.shrink,
-    )
+    pixels = build.in_order(config, source, batch_size)
     mesh = build.make_mesh(config)
     firsts = range(0, len(source), batch_size)
     for first in tqdm.tqdm(firsts, unit="batch", desc=name, disable=None):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import report, runs, runtime, scores
+from experiments import build, report, runs, runtime, scores
 from jaxdiff import data, evaluation, interop, viz
 from jaxdiff.evaluation import classifier as classifiers
 from jaxdiff.evaluation import inception as inceptions
@@ -43,14 +43,7 @@ def load_samples(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 def gather(config: ConfigDict, source: data.Source) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns all images, uint8, of the size that the network sees, and their labels, if any."""
     size = min(len(source), BATCH)
-    batches = data.make_pipeline(
-        source,
-        batch_size=size,
-        seed=0,
-        shuffle=False,
-        pad_to=config.data.pad_to,
-        shrink=config.data.shrink,
-    )
+    batches = build.in_order(config, source, size)
     found = [next(batches) for _ in range(0, len(source), size)]
     images = np.concatenate([viz.to_uint8(batch["x0"]) for batch in found])[: len(source)]
     if "cond" not in found[0]:

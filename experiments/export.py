@@ -24,7 +24,7 @@ from jaxdiff.training import sharding
 FLAGS = flags.FLAGS
 CARD = """---
 library_name: jaxdiff
-tags: [diffusion, unconditional-image-generation]
+tags: [diffusion, {kind}-image-generation]
 ---
 
 # {name}
@@ -116,6 +116,7 @@ def card(config: ConfigDict, about: dict[str, Any], parameters: int, workdir: Pa
     schedule = {key: value for key, value in given.items() if value is not None}
     return CARD.format(
         name=config.name,
+        kind="class-conditional" if classes else "unconditional",
         what=f"images of {size} pixels" + (f" of {classes} classes" if classes else ""),
         parameters=parameters,
         version=about["run"]["versions"]["jaxdiff"],

@@ -177,12 +177,12 @@ def start_from(config: ConfigDict, like: PyTree) -> tuple[PyTree, dict[str, Any]
             f"init_from={config.init_from} holds another network, for examples of shape "
             f"{found.shape}. To have the same one: {' '.join(flags) or 'data of these channels'}"
         )
-    for key, old, new in runs.differences(
-        {"schedule": runs.as_json(found.config)["schedule"], "of": found.config.parameterization},
-        {"schedule": runs.as_json(config)["schedule"], "of": config.parameterization},
-    ):
-        name = key.replace("of", "parameterization")
-        print(f"note: {name} is {new} here and was {old} in {config.init_from}", flush=True)
+    there, here = (
+        {key: runs.as_json(of)[key] for key in ("schedule", "parameterization")}
+        for of in (found.config, config)
+    )
+    for key, old, new in runs.differences(there, here):
+        print(f"note: {key} is {new} here and was {old} in {config.init_from}", flush=True)
     return found.params, {"path": config.init_from, "sha256": runs.fingerprint(found.params)}
 
 
