@@ -1,225 +1,377 @@
-"""What sampling costs beyond the network, and training beyond its steps.
+"""How fast it is: repeats taken in turn, medians and spreads, and ratios within one run.
 
-    python -m experiments.benchmark
-    python -m experiments.benchmark --config=experiments/configs/digits.py --batch_size=64
-    python -m experiments.benchmark --train
+    python -m experiments.benchmark train --size=digits
+    python -m experiments.benchmark sample --size=mnist,cifar10 --kernels
+    python -m experiments.benchmark sample --config=experiments/configs/mnist.py --batch_size=8
+    python -m experiments.benchmark data
+    python -m experiments.benchmark compile --size=cifar10
+    python -m experiments.benchmark peers --python=ENVIRONMENT/bin/python
 
-Of sampling: compile time, memory and the loop itself. `--train`: the training loop, with its data,
-metrics and a checkpoint, against calls of the compiled train step one after the other on a batch
-that is on the device already.
+train     the training loop against its compiled steps alone
+sample    the sampler against as many calls of the network
+data      what pipelines of images deliver, against what training takes
+compile   compilation, cold and from the cache; start-up
+peers     against PyTorch with diffusers, of an environment of its own
 
-Ratios are of times measured in one run, the two sides in turn; medians over the repeats.
+No data set is needed. --json=FILE keeps all figures.
 """
 
 from __future__ import annotations
 
-import itertools
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tqdm
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from experiments import build, drawing, loop, runs, runtime, train
-from jaxdiff import data
-from jaxdiff.base import PyTree
-from jaxdiff.training import TrainState, checkpoints, sharding
+from experiments import (
+    chips,
+    estimate,
+    kernels,
+    peers,
+    plan,
+    programs,
+    runs,
+    runtime,
+    sizes,
+    timing,
+    training_speed,
+)
+from experiments.sizes import Size
 
 FLAGS = flags.FLAGS
-SHAPES = {"digits": (8, 8, 1), "mnist": (32, 32, 1), "fashion_mnist": (32, 32, 1)}
+# The flags that only some of the subcommands take.
+ONLY = {
+    "steps": ("sample", "peers", "compile"),
+    "train_steps": ("train",),
+    "kernels": ("train", "sample", "peers"),
+    "python": ("peers",),
+    "sides": ("peers",),
+    "programs": ("peers",),
+    "memory": ("peers",),
+}
 
 
 def define_flags() -> None:
     """Defines the command's flags; not on import, where they would meet another command's."""
-    config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs/mnist.py"))
-    flags.DEFINE_bool("train", False, "The training loop, instead of sampling.")
-    flags.DEFINE_integer("train_steps", 20, "Steps of the timed loop.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 8, "Samples at a time.", lower_bound=1)
-    flags.DEFINE_integer("steps", 10, "Steps of the timed sampler.", lower_bound=1)
+    config_flags.DEFINE_config_file("config", None, "A configuration, instead of --size.")
+    flags.DEFINE_list("size", list(sizes.NAMES), f"Networks: {', '.join(sizes.NAMES)}.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the network.")
+    flags.DEFINE_integer("batch_size", None, "Examples at a time.", lower_bound=1)
     flags.DEFINE_integer("repeats", 7, "How often each side is timed.", lower_bound=1)
-    flags.DEFINE_string("out", None, "A file for the results, JSON.")
+    flags.DEFINE_integer("warmup", 1, "How often before that, not to be counted.", lower_bound=0)
+    flags.DEFINE_integer(
+        "steps",
+        None,
+        "Steps of the sampler; if not given 50, but 10 for `sample` on CPU.",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "train_steps",
+        None,
+        "Steps of a timed part of the loop; as many as take two seconds if not given.",
+        lower_bound=1,
+    )
+    flags.DEFINE_bool("kernels", False, "Also the share of convolutions and matrix products.")
+    flags.DEFINE_string("python", None, "The Python of an environment with PyTorch and diffusers.")
+    flags.DEFINE_list("sides", list(peers.SIDES), "How PyTorch is to run it.")
+    flags.DEFINE_list("programs", list(programs.MAKE), "What is to be compared.")
+    flags.DEFINE_bool("memory", False, "Also the peak memory of a train step.")
+    flags.DEFINE_string("json", None, "A file for all figures.")
 
 
-def sampler(config: ConfigDict, steps: int) -> Callable[..., Any]:
-    """Returns the compiled sampler of the configuration, with so many steps."""
-    config = config.copy_and_resolve_references()
-    config.sample.steps = steps
-    return drawing.make_draw(config, shape_of(config))
+def chosen_sizes(command: str) -> list[Size]:
+    """Returns the sizes that flags ask for.
 
-
-def shape_of(config: ConfigDict) -> tuple[int, ...]:
-    """Returns the shape of one example; no data set is needed here."""
-    return SHAPES.get(config.name, (32, 32, 3))
-
-
-def parameters(config: ConfigDict) -> PyTree:
-    """Returns parameters of the network; their values do not matter, but are not all 0."""
-    init, _ = build.make_training(config, shape_of(config))
-    shapes = jax.eval_shape(init).params
-    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), shapes)
-
-
-def compile_costs(config: ConfigDict, params: PyTree) -> dict[str, Any]:
-    """Returns compile time, program size and memory of the sampler, for 10 and 1000 steps."""
-    found = {}
-    for steps in (10, 1000):
-        start = time.perf_counter()
-        lowered = sampler(config, steps).lower(params, 0)
-        compiled = lowered.compile()
-        memory = compiled.memory_analysis()
-        found[f"{steps} steps"] = {
-            "compile_s": time.perf_counter() - start,
-            "program_lines": lowered.as_text().count("\n"),
-            "temporaries_bytes": memory.temp_size_in_bytes,
-            "output_bytes": memory.output_size_in_bytes,
-        }
+    Raises:
+      ValueError: a flag is of another subcommand, or names what there is not.
+    """
+    for name, commands in ONLY.items():
+        if FLAGS[name].present and command not in commands:
+            raise ValueError(f"--{name} belongs to {' and '.join(commands)}, not to {command}")
+    if FLAGS.config is None:
+        found = [
+            sizes.make(name, dtype=FLAGS.dtype, batch_size=FLAGS.batch_size) for name in FLAGS.size
+        ]
+    elif FLAGS["size"].present:
+        raise ValueError("give --size or --config, not both")
+    else:
+        found = [Size(FLAGS.config, plan.example_shape(FLAGS.config))]
+        if FLAGS["dtype"].present:
+            found[0].config.model.dtype = FLAGS.dtype
+        if FLAGS.batch_size:
+            found[0].config.train.batch_size = FLAGS.batch_size
+            found[0].config.sample.batch_size = FLAGS.batch_size
+        found[0].config.data.shrink = 1  # the random images are of the size that it is trained on
+    few = command == "sample" and jax.default_backend() == "cpu"
+    for size in found:
+        size.config.sample.steps = FLAGS.steps or (10 if few else 50)
     return found
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """Returns how long a call takes, its result awaited."""
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
+def train() -> None:
+    """Times train steps, and the loop around them."""
+    rows, found = [], {}
+    for size in chosen_sizes("train"):
+        name = size.config.name
+        with progress(f"train {name}", FLAGS.repeats + max(1, FLAGS.warmup)) as bar:
+            step = programs.train(size)
+            timing.seconds(step.call)
+            one = timing.seconds(step.call)
+            peak = runtime.memory().get("device_memory_peak")  # of one state yet
+            count = FLAGS.train_steps or min(50, max(2, math.ceil(2 / one)))
+            times = training_speed.loop_and_steps(
+                size, step, count, repeats=FLAGS.repeats, warmup=FLAGS.warmup, tell=bar.update
+            )
+        each = timing.summary([taken / count for taken in times["steps"]])
+        ratio = timing.ratio(times["steps"], times["loop"])
+        figures = figures_of(size, step, each["median"])
+        found[name] = {
+            "run": described(size),
+            "steps_in_a_part": count,
+            "step": each,
+            "loop": timing.summary([taken / count for taken in times["loop"]]),
+            "speed_of_the_loop": ratio,
+            "data": "grain" if training_speed.has_grain() else "one batch (no grain here)",
+            "device_memory_peak": peak,
+            **figures,
+        }
+        row = [name, step.batch_size, milliseconds(each), spread(ratio)]
+        rows.append([*row, *in_words(figures, peak)])
+        found[name]["kernels"] = kernel_shares(name, step, each["median"])
+    show(["size", "batch", "step, ms", "loop, speed of its steps", *HEADS], rows)
+    show_kernels("train", found)
+    keep("train", found)
 
 
-def loop_costs(config: ConfigDict, params: PyTree, steps: int, repeats: int) -> dict[str, Any]:
-    """Returns the time of the sampler against as many single calls of the network."""
-    shape = (config.sample.batch_size, *shape_of(config))
-    model = build.make_model(config, shape[-1])
-    network = jax.jit(lambda params, x, t: model.apply(params, x, t))
-    x, t = jnp.ones(shape), jnp.full(shape[:1], 500)
-    draw = sampler(config, steps)
+def sample() -> None:
+    """Times the sampler, and the calls of the network that it makes."""
+    rows, found = [], {}
+    for size in chosen_sizes("sample"):
+        name, steps = size.config.name, size.config.sample.steps
+        with progress(f"sample {name}", 2 * (FLAGS.repeats + FLAGS.warmup)) as bar:
+            draw, network = programs.sample(size), programs.forward(size)
 
-    def calls() -> None:
-        for _ in range(steps):
-            jax.block_until_ready(network(params, x, t))
+            def calls(network: Any = network, steps: int = steps) -> float:
+                return steps * timing.seconds(network.call, steps)
 
-    sides: dict[str, Callable[[], Any]] = {"sample": lambda: draw(params, 0), "calls": calls}
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for side in sides.values():
-        side()  # compiles
-    for _ in tqdm.trange(repeats, desc="repeats", disable=None):
-        for name, side in sides.items():
-            times[name].append(seconds(side))
-    ratios = [a / b for a, b in zip(times["sample"], times["calls"], strict=True)]
+            def drawn(draw: Any = draw) -> float:
+                return timing.seconds(draw.call)
+
+            drawn(), timing.seconds(network.call)  # what a first call does is not timed
+            times = timing.interleaved(
+                {"sample": drawn, "calls": calls},
+                repeats=FLAGS.repeats,
+                warmup=FLAGS.warmup,
+                tell=bar.update,
+            )
+        each, ratio = timing.summary(times["sample"]), timing.ratio(times["sample"], times["calls"])
+        peak = runtime.memory().get("device_memory_peak")
+        figures = figures_of(size, draw, each["median"])
+        found[name] = {
+            "run": described(size),
+            "steps": steps,
+            "sample": each,
+            "network_calls": timing.summary(times["calls"]),
+            "ratio": ratio,
+            "device_memory_peak": peak,
+            **figures,
+        }
+        row = [name, draw.batch_size, steps, milliseconds(each), spread(ratio)]
+        rows.append([*row, *in_words(figures, peak)])
+        found[name]["kernels"] = kernel_shares(name, draw, each["median"])
+    show(["size", "batch", "steps", "sample, ms", "over network calls", *HEADS], rows)
+    show_kernels("sample", found)
+    keep("sample", found)
+
+
+def compare() -> None:
+    """Times programs here and in PyTorch, in turn."""
+    # Two processes share a GPU, and JAX takes most of it unless told otherwise.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
+    for side in FLAGS.sides:
+        if side not in peers.SIDES:
+            raise ValueError(f"--sides must be of {', '.join(peers.SIDES)}, got {side!r}")
+    for program in FLAGS.programs:
+        programs.check_name(program)
+    found: dict[str, Any] = {}
+    rows = []
+    with peers.Worker(FLAGS.python) as worker:
+        for size in chosen_sizes("peers"):
+            name = size.config.name
+            about = peers.check(worker, size)
+            found[name] = {"run": described(size), "peer": about, "programs": {}, "kernels": {}}
+            for what in FLAGS.programs:
+                count = (FLAGS.repeats + FLAGS.warmup) * (1 + len(FLAGS.sides))
+                with progress(f"{what} {name}", count) as bar:
+                    program = programs.make(what, size)
+                    result = peers.compare(
+                        worker,
+                        size,
+                        program,
+                        what,
+                        FLAGS.sides,
+                        repeats=FLAGS.repeats,
+                        warmup=FLAGS.warmup,
+                        tell=bar.update,
+                    )
+                found[name]["programs"][what] = result
+                rows.append([what, name, *peer_row(result)])
+                say(" ".join(map(str, rows[-1])))
+                ours = result["sides"]["jaxdiff"]
+                if "median" in ours:
+                    result |= figures_of(size, program, ours["median"])
+                    found[name]["kernels"][what] = kernel_shares(
+                        f"{what} {name}", program, ours["median"]
+                    )
+                del program
+    show(
+        ["program", "size", *(f"{s}, ms" for s in ("jaxdiff", *FLAGS.sides)), "best / jaxdiff"],
+        rows,
+    )
+    for name, values in found.items():
+        for what, result in values["programs"].items():
+            for side, told in result["sides"].items():
+                if "error" in told:
+                    print(f"{what} {name}, {side}: {told['error']}")
+    for name, values in found.items():
+        show_kernels(name, {what: {"kernels": v} for what, v in values["kernels"].items()})
+    keep("peers", found)
+
+
+def peer_row(result: dict[str, Any]) -> list[str]:
+    """Returns a row of the table: times of all sides, and the ratio."""
+    times = [
+        "failed" if "error" in side else milliseconds(side) for side in result["sides"].values()
+    ]
+    ahead = f"{spread(result['ratio'])} {result['best']}" if "ratio" in result else "-"
+    return [*times, ahead]
+
+
+HEADS = ("images/s", "FLOP/s", "of the peak", "memory")
+
+
+def figures_of(size: Size, program: programs.Program, seconds: float) -> dict[str, Any]:
+    """Returns what follows from the time of a call."""
+    device = jax.devices()[0]
+    chip = chips.of_kind(device.device_kind)
+    peak = chip and (chip.float32 if size.config.model.dtype == "float32" else chip.bfloat16)
+    speed = program.flops / seconds
     return {
-        "steps": steps,
-        "repeats": repeats,
-        "sample_s": statistics.median(times["sample"]),
-        "network_calls_s": statistics.median(times["calls"]),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
+        "images_per_second": program.batch_size / seconds,
+        "flops": program.flops,
+        "flops_per_second": speed,
+        "share_of_peak": speed / (peak * jax.device_count()) if peak else None,
+        "memory": program.memory,
     }
 
 
-def training_costs(config: ConfigDict, steps: int, repeats: int) -> dict[str, Any]:
-    """Returns the speed of the training loop as a share of that of its steps alone.
+def in_words(figures: dict[str, Any], peak: int | None) -> list[str]:
+    """Returns the same for a table, under `HEADS`."""
+    share, needs = figures["share_of_peak"], sum(figures["memory"].values())
+    memory = f"{estimate.in_bytes(peak)} at most" if peak else estimate.in_bytes(needs)
+    return [
+        f"{figures['images_per_second']:,.4g}",
+        estimate.in_units(figures["flops_per_second"], "FLOP/s"),
+        f"{100 * share:.1f} %" if share is not None else "-",
+        memory,
+    ]
 
-    The data are random images of the configuration's size, 10,000 of them.
-    """
-    size = shape_of(config)
-    pixels = np.random.default_rng(0).integers(0, 256, (10_000, *size), dtype=np.uint8)
-    source = data.from_arrays(pixels, labels=np.zeros(len(pixels), np.int32))
-    config = config.copy_and_resolve_references()
-    config.train.num_steps = steps * (2 * repeats + 2)
-    config.train.checkpoint_every, config.train.sample_every = steps * config.train.num_steps, 0
-    mesh = build.make_mesh(config)
-    stage = train.make_stage(config, config.train.num_steps, 0, source, mesh, None)
-    places = sharding.fully_sharded(mesh, stage.like)
-    state = jax.jit(stage.init, out_shardings=places)()
-    place = sharding.rows(mesh)
-    same = itertools.repeat(sharding.from_rows(next(stage.batches), place))
 
-    with tempfile.TemporaryDirectory() as folder:
-        workdir = Path(folder)
-        runs.write_json(workdir / "config.json", runs.as_json(config))
-        with (
-            checkpoints.open_folder(workdir / "checkpoints") as saved,
-            runs.Metrics(workdir, 0) as metrics,
-        ):
+def kernel_shares(name: str, program: programs.Program, whole: float) -> dict[str, Any] | None:
+    """Returns what `kernels.shares` does, if asked for."""
+    if not FLAGS.kernels:
+        return None
+    return kernels.shares(
+        program,
+        whole,
+        repeats=FLAGS.repeats,
+        tell=lambda left: say(f"{name}: {left} kernels left") if left % 10 == 0 else None,
+    )
 
-            def looped(state: TrainState) -> TrainState:
-                last = int(state.step) + steps
-                return loop.run(
-                    config, state, stage.advance, stage.batches, saved, metrics, last=last
-                )
 
-            def alone(state: TrainState) -> TrainState:
-                return stage.advance(state, same, steps)[0]
+def show_kernels(title: str, found: dict[str, Any]) -> None:
+    """Prints the tables of kernels, if there are any."""
+    rows = [
+        [
+            name,
+            kind,
+            sums["count"],
+            f"{1e3 * sums['seconds']:.4g}",
+            f"{sums['flops'] / sums['seconds'] / 1e9:.4g}",
+            f"{100 * sums['share']:.1f} %",
+        ]
+        for name, values in found.items()
+        for kind, sums in (values.get("kernels") or {}).items()
+    ]
+    if rows:
+        print(f"\nkernels of {title}, each timed alone")
+        show(["of", "kind", "number", "ms", "GFLOP/s", "of the whole"], rows)
 
-            sides = {"loop": looped, "steps": alone}
-            times: dict[str, list[float]] = {name: [] for name in sides}
-            for repeat in tqdm.trange(repeats + 1, desc="repeats", disable=None):
-                for name, side in sides.items():
-                    start = time.perf_counter()
-                    state = jax.block_until_ready(side(state))
-                    if repeat:  # the first compiles
-                        times[name].append(time.perf_counter() - start)
-    ratios = [b / a for a, b in zip(times["loop"], times["steps"], strict=True)]
-    return {
-        "steps": steps,
-        "repeats": repeats,
-        "batch_size": config.train.batch_size,
-        "loop_s": statistics.median(times["loop"]),
-        "steps_s": statistics.median(times["steps"]),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
+
+def described(size: Size) -> dict[str, Any]:
+    """Returns what a reader must know of the machine and of what ran."""
+    about = runs.describe(size.config, programs.count_parameters(size), size.shape)
+    return about | {
+        "model": runs.as_json(size.config)["model"],
+        "compiler_options": runtime.compiler_options(),
+        "cpu_count": os.cpu_count(),
     }
 
 
-def tell_training(found: dict[str, Any]) -> None:
-    """Prints what `training_costs` found."""
-    print(
-        f"{found['steps']} training steps of {found['batch_size']} examples: the loop "
-        f"{found['loop_s']:.3f} s, the steps alone {found['steps_s']:.3f} s; speed of the loop "
-        f"{found['ratio']:.3f} of theirs ({found['ratio_min']:.3f} to {found['ratio_max']:.3f})"
-    )
+def milliseconds(found: dict[str, Any]) -> str:
+    """Returns a median in ms, and from where to where it goes."""
+    median, low, high = (1e3 * found[key] for key in ("median", "min", "max"))
+    return f"{median:.4g} ({low:.4g}..{high:.4g})"
 
 
-def main() -> None:
-    """Runs the command."""
-    if FLAGS.train:
-        found = training_costs(FLAGS.config, FLAGS.train_steps, FLAGS.repeats)
-        tell_training(found)
-        if FLAGS.out:
-            runs.write_json(Path(FLAGS.out), {"train": found})
-            print(f"wrote {FLAGS.out}")
-        return
-    jax.config.update("jax_enable_compilation_cache", False)  # it would hide the compile time
-    config = FLAGS.config
-    config.sample.batch_size = FLAGS.batch_size
-    params = parameters(config)
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    about = runs.describe(config, count, shape_of(config))
-    print(f"{config.name}: {count:,} parameters, batch {FLAGS.batch_size}, {about['devices']}")
+def spread(found: dict[str, Any]) -> str:
+    """Returns a median ratio, and from where to where it goes."""
+    return f"{found['median']:.3f} ({found['min']:.3f}..{found['max']:.3f})"
 
-    costs = compile_costs(config, params)
-    for name, values in costs.items():
-        print(
-            f"sample, {name:>10}: compiled in {values['compile_s']:.2f} s, "
-            f"{values['program_lines']} lines, {values['temporaries_bytes'] / 2**20:.2f} MiB"
-        )
-    loop = loop_costs(config, params, FLAGS.steps, FLAGS.repeats)
-    print(
-        f"sample in {loop['steps']} steps: {loop['sample_s']:.3f} s; as many network calls: "
-        f"{loop['network_calls_s']:.3f} s; ratio {loop['ratio']:.3f} "
-        f"({loop['ratio_min']:.3f} to {loop['ratio_max']:.3f})"
-    )
-    if FLAGS.out:
-        runs.write_json(Path(FLAGS.out), {"run": about, "compile": costs, "loop": loop})
-        print(f"wrote {FLAGS.out}")
 
+def show(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table."""
+    lines = [[str(cell) for cell in row] for row in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join(cells).rstrip(), flush=True)
+
+
+def say(text: str) -> None:
+    """Writes a line of progress, beside the table."""
+    tqdm.tqdm.write(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def progress(name: str, total: int) -> Iterator[tqdm.tqdm]:
+    """Shows how far the measurement is; where there is no terminal, that it has begun."""
+    with tqdm.tqdm(total=total, desc=name, disable=None, leave=False) as bar:
+        if bar.disable:
+            say(f"{name} ...")
+        yield bar
+
+
+def keep(command: str, found: dict[str, Any]) -> None:
+    """Writes all figures, if asked for."""
+    if FLAGS.json:
+        runs.write_json(Path(FLAGS.json), {command: found})
+        print(f"wrote {FLAGS.json}")
+
+
+MAIN: dict[str, Callable[[], None]] = {
+    "train": train,
+    "sample": sample,
+    "peers": compare,
+}
 
 if __name__ == "__main__":
-    runtime.command(define_flags, main)
+    runtime.command(define_flags, MAIN)

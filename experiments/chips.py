@@ -113,3 +113,13 @@ def parse(text: str) -> Topology:
         f"v5e:4x4 or v4:2x2x1; GPUs, gpu:NUMBERxNAME with one of {', '.join(GPUS)}, like "
         f"gpu:8xH100; or CPUs, like cpu:8; got {text!r}"
     )
+
+
+def of_kind(kind: str) -> Chip | None:
+    """Returns what a device can do, by what JAX says of it (`device_kind`); None if not known."""
+    for name, chip in GPUS.items():
+        if all(part in kind for part in name.replace("-", " ").split()):
+            return chip
+    words = kind.lower().replace(" lite", "e").split()
+    version = words[1] if words[:1] == ["tpu"] and len(words) > 1 else "".join(words)
+    return TPUS.get({"v5": "v5p"}.get(version, version))

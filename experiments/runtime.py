@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import difflib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,10 +28,13 @@ MENDABLE = (RunError, CheckpointError, ImportError, OSError, TypeError, ValueErr
 
 
 def start() -> None:
-    """Sets up logging and the cache of compiled programs; call it before anything is compiled.
+    """Sets up logging, devices and the cache of compiled programs; before anything is compiled.
 
     The cache is in `JAX_COMPILATION_CACHE_DIR`, or else in `cache_folder()`.
     """
+    # Not where it is not given: XLA_FLAGS may say how many, and this would win.
+    if "cpu_devices" in flags.FLAGS and flags.FLAGS["cpu_devices"].present:
+        jax.config.update("jax_num_cpu_devices", flags.FLAGS.cpu_devices)
     logging.set_verbosity(logging.ERROR)  # not what JAX, Orbax and TFDS remark on the way
     # Eight heaps a core, as glibc has it, each with gaps of its own, would grow for a long time.
     with contextlib.suppress(AttributeError, OSError):  # other C libraries
@@ -135,7 +139,7 @@ def memory() -> dict[str, int]:
 
 
 def define_process_flags() -> None:
-    """Defines the flags that say which of several processes this one is."""
+    """Defines the flags that say which of several processes this one is, and on what devices."""
     flags.DEFINE_string(
         "coordinator",
         os.environ.get("JAX_COORDINATOR_ADDRESS"),
@@ -145,6 +149,12 @@ def define_process_flags() -> None:
     for name, text in (("num_processes", "How many there are."), ("process_id", "Which is this.")):
         number = os.environ.get(f"JAX_{name.upper()}")
         flags.DEFINE_integer(name, number and int(number), text, lower_bound=0)
+    flags.DEFINE_integer(
+        "cpu_devices",
+        1,
+        "Devices that the CPU is to be; each works on its share of a batch by itself.",
+        lower_bound=1,
+    )
 
 
 def join() -> None:
@@ -190,20 +200,28 @@ def compiler_options() -> dict[str, str] | None:
     return None
 
 
-def command(define_flags: Callable[[], None], main: Callable[[], None]) -> None:
+def command(
+    define_flags: Callable[[], None], main: Callable[[], None] | Mapping[str, Callable[[], None]]
+) -> None:
     """Runs a command: defines and parses its flags, starts JAX, and fails clearly.
 
     What the user can mend ends the command with one clear line and exit status 1, or 2 where it is
     a flag. A run that was told to stop ends with `PREEMPTED`.
+
+    Args:
+      define_flags: defines the command's own flags.
+      main: what to run; or several things by their names, of which the user gives one.
     """
 
     def run(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            _fail(f"unexpected argument {argv[1]!r}: write options as --name=value", 2)
+        arguments = list(argv[1:])
+        chosen = main if callable(main) else _subcommand(main, arguments)
+        if arguments:
+            _fail(f"unexpected argument {arguments[0]!r}: write options as --name=value", 2)
         start()
         try:
             join()
-            main()
+            chosen()
         except PreemptedError as error:
             print(error, file=sys.stderr)
             sys.exit(PREEMPTED)
@@ -216,7 +234,20 @@ def command(define_flags: Callable[[], None], main: Callable[[], None]) -> None:
     with _clear_flag_errors():
         define_process_flags()
         define_flags()
+    flags.FLAGS.set_gnu_getopt(not callable(main))  # options may come after the subcommand
     app.run(run, flags_parser=_parse)
+
+
+def _subcommand(
+    among: Mapping[str, Callable[[], None]], arguments: list[str]
+) -> Callable[[], None]:
+    """Takes the subcommand off the arguments, and returns what it is to run."""
+    if arguments and arguments[0] in among:
+        return among[arguments.pop(0)]
+    near = difflib.get_close_matches(arguments[0], among, n=1) if arguments else []
+    hint = f": did you mean {near[0]!r}?" if near else ""
+    got = repr(arguments[0]) if arguments else "none"
+    _fail(f"the subcommand must be one of {', '.join(among)}, got {got}{hint}", 2)
 
 
 def _parse(argv: list[str]) -> list[str]:

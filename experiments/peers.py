@@ -1,0 +1,212 @@
+"""The parent's side of `experiments.benchmark peers`: another Python, asked in turn with this one.
+
+What runs there is `experiments.peer_torch`. It waits for requests at its standard input, so it is
+idle while this process works.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import programs, timing
+from experiments.runs import RunError
+from experiments.sizes import Size
+
+SIDES = ("eager", "channels_last", "compiled")
+WORKER = Path(__file__).parent / "peer_torch.py"
+PAUSE = 0.2  # seconds; threads of OpenMP spin for some milliseconds after their work
+AT_LEAST = 0.3  # seconds that one measurement takes; of fast programs it is of several calls
+
+
+class Worker:
+    """A process of another Python that answers requests; use it in a `with`.
+
+    Args:
+      python: the path of its interpreter, of an environment with PyTorch and diffusers.
+      script: what it runs.
+
+    Raises:
+      ValueError: there is no such interpreter.
+    """
+
+    def __init__(self, python: str | None, script: Path = WORKER) -> None:
+        found = python and shutil.which(os.path.expanduser(python))
+        if not found:
+            said = f"got {python!r}" if python else "none was given"
+            raise ValueError(
+                f"--python must be the interpreter of an environment of its own with PyTorch and "
+                f"diffusers (pip install torch diffusers), {said}"
+            )
+        self.python, self.said = found, tempfile.TemporaryFile()  # noqa: SIM115
+        # Its own packages: neither this environment's, nor the folder of the script.
+        environment = {name: v for name, v in os.environ.items() if name != "PYTHONPATH"}
+        self.process = subprocess.Popen(
+            [found, str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            text=True,
+            bufsize=1,
+            env=environment | {"PYTHONSAFEPATH": "1"},
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.terminate()
+        self.process.wait()
+        self.process.stdout.close()
+        self.said.close()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Returns the answer to a request.
+
+        Raises:
+          RunError: the process has ended.
+          SideError: it says that it failed.
+        """
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RunError(self._why_ended())
+        answer = json.loads(line)
+        if "error" in answer:
+            raise timing.SideError(first_line(answer["error"]))
+        return answer
+
+    def _why_ended(self) -> str:
+        status = self.process.wait()
+        self.said.seek(0)
+        lines = self.said.read().decode(errors="replace").strip().splitlines()
+        last = lines[-1] if lines else "it said nothing"
+        if "ModuleNotFoundError" in last:
+            return (
+                f"--python={self.python} lacks a package ({last}): in that environment, "
+                "pip install torch diffusers"
+            )
+        return f"the process of --python={self.python} ended with status {status}: {last}"
+
+
+def first_line(text: str) -> str:
+    """Returns the start of what an error says."""
+    return (text.strip().splitlines() or [""])[0][:200]
+
+
+def check(worker: Worker, size: Size) -> dict[str, Any]:
+    """Returns what the other side says of itself.
+
+    Raises:
+      RunError: its network is another one.
+      ValueError: it has none of this size.
+    """
+    if size.peer is None:
+        raise ValueError("peers compares the sizes of --size, not --config")
+    ours = programs.count_parameters(size)
+    about = worker.ask(what="about", fields=size.peer)
+    if not ours == about["parameters"] == size.parameters:
+        raise RunError(
+            f"{size.config.name} must have {size.parameters:,} parameters on both sides, but has "
+            f"{ours:,} here and {about['parameters']:,} in diffusers {about['diffusers']}: these "
+            "are not the same network, so times would not compare"
+        )
+    return about
+
+
+def request_of(size: Size, program: str, side: str) -> dict[str, Any]:
+    """Returns what the worker is told of a program."""
+    options = size.config.train if program == "train" else size.config.sample
+    return {
+        "program": program,
+        "side": side,
+        "fields": size.peer,
+        "batch_size": options.batch_size,
+        "steps": size.config.sample.steps,
+        "dtype": size.config.model.dtype,
+    }
+
+
+def compare(
+    worker: Worker,
+    size: Size,
+    program: programs.Program,
+    name: str,
+    sides: Sequence[str],
+    *,
+    repeats: int,
+    warmup: int,
+    pause: float = PAUSE,
+    at_least: float = AT_LEAST,
+    tell: Any = lambda: None,
+) -> dict[str, Any]:
+    """Returns the times of a program here and there, in turn.
+
+    Args:
+      worker: the other side.
+      size: what it is of.
+      program: this side's, compiled.
+      name: the program's.
+      sides: those of the other to ask, of `SIDES`.
+      repeats: how often each is measured.
+      warmup: how often before that.
+      pause: as of `timing.interleaved`.
+      at_least: how many seconds a measurement takes.
+      tell: as of `timing.interleaved`.
+
+    Returns:
+      "sides", for each of them and jaxdiff `timing.summary` or "error"; and "ratio", of the best of
+      the others over jaxdiff, repeat by repeat, with "best", its name.
+    """
+    # What is drawn is fetched, as the other side's is.
+    call = (lambda: np.asarray(program.call())) if name == "sample" else program.call
+
+    def here(times: int) -> float:
+        try:
+            return timing.seconds(call, times)
+        except jax.errors.JaxRuntimeError as error:
+            raise timing.SideError(first_line(str(error))) from error
+
+    def there(side: str) -> Any:
+        request = request_of(size, name, side)
+        return lambda times: worker.ask(what="time", of=request, times=times)["seconds"]
+
+    runs = {"jaxdiff": here} | {side: there(side) for side in sides}
+    found = timing.interleaved(
+        {side: timing.calibrated(run, at_least) for side, run in runs.items()},
+        repeats=repeats,
+        warmup=warmup,
+        pause=pause,
+        tell=tell,
+    )
+    return {"sides": {side: _told(times) for side, times in found.items()}} | best(found)
+
+
+def _told(times: list[float] | timing.SideError) -> dict[str, Any]:
+    return {"error": str(times)} if isinstance(times, timing.SideError) else timing.summary(times)
+
+
+def best(found: Mapping[str, list[float] | timing.SideError]) -> dict[str, Any]:
+    """Returns how many times as fast jaxdiff is as the best of the others, and which that is.
+
+    Nothing where one of the two has no times.
+    """
+    ran = {side: times for side, times in found.items() if isinstance(times, list)}
+    ours = ran.pop("jaxdiff", None)
+    if not ran or ours is None:
+        return {}
+    name = min(ran, key=lambda side: timing.summary(ran[side])["median"])
+    return {"best": name, "ratio": timing.ratio(ran[name], ours)}
