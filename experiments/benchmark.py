@@ -22,7 +22,7 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import (
-    chips,
     estimate,
+    figures,
+    fresh,
     kernels,
     peers,
     plan,
@@ -49,7 +50,7 @@ from experiments.sizes import Size
 FLAGS = flags.FLAGS
 # The flags that only some of the subcommands take.
 ONLY = {
-    "steps": ("sample", "peers", "compile"),
+    "steps": ("sample", "peers"),
     "train_steps": ("train",),
     "kernels": ("train", "sample", "peers"),
     "python": ("peers",),
@@ -65,7 +66,9 @@ def define_flags() -> None:
     flags.DEFINE_list("size", list(sizes.NAMES), f"Networks: {', '.join(sizes.NAMES)}.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the network.")
     flags.DEFINE_integer("batch_size", None, "Examples at a time.", lower_bound=1)
-    flags.DEFINE_integer("repeats", 7, "How often each side is timed.", lower_bound=1)
+    flags.DEFINE_integer(
+        "repeats", None, "How often each side is timed; 7, but once compiled.", lower_bound=1
+    )
     flags.DEFINE_integer("warmup", 1, "How often before that, not to be counted.", lower_bound=0)
     flags.DEFINE_integer(
         "steps",
@@ -121,18 +124,18 @@ def train() -> None:
     rows, found = [], {}
     for size in chosen_sizes("train"):
         name = size.config.name
-        with progress(f"train {name}", FLAGS.repeats + max(1, FLAGS.warmup)) as bar:
+        with progress(f"train {name}", repeats() + max(1, FLAGS.warmup)) as bar:
             step = programs.train(size)
             timing.seconds(step.call)
             one = timing.seconds(step.call)
             peak = runtime.memory().get("device_memory_peak")  # of one state yet
             count = FLAGS.train_steps or min(50, max(2, math.ceil(2 / one)))
             times = training_speed.loop_and_steps(
-                size, step, count, repeats=FLAGS.repeats, warmup=FLAGS.warmup, tell=bar.update
+                size, step, count, repeats=repeats(), warmup=FLAGS.warmup, tell=bar.update
             )
         each = timing.summary([taken / count for taken in times["steps"]])
         ratio = timing.ratio(times["steps"], times["loop"])
-        figures = figures_of(size, step, each["median"])
+        told = figures.of(size, step, each["median"])
         found[name] = {
             "run": described(size),
             "steps_in_a_part": count,
@@ -141,14 +144,14 @@ def train() -> None:
             "speed_of_the_loop": ratio,
             "data": "grain" if training_speed.has_grain() else "one batch (no grain here)",
             "device_memory_peak": peak,
-            **figures,
+            **told,
         }
-        row = [name, step.batch_size, milliseconds(each), spread(ratio)]
-        rows.append([*row, *in_words(figures, peak)])
+        row = [name, step.batch_size, figures.milliseconds(each), figures.spread(ratio)]
+        rows.append([*row, *figures.in_words(told, peak)])
         found[name]["kernels"] = kernel_shares(name, step, each["median"])
-    show(["size", "batch", "step, ms", "loop, speed of its steps", *HEADS], rows)
-    show_kernels("train", found)
-    keep("train", found)
+        keep("train", found)
+    figures.show(["size", "batch", "step, ms", "loop, speed of its steps", *figures.HEADS], rows)
+    figures.show_kernels("train", found)
 
 
 def sample() -> None:
@@ -156,7 +159,7 @@ def sample() -> None:
     rows, found = [], {}
     for size in chosen_sizes("sample"):
         name, steps = size.config.name, size.config.sample.steps
-        with progress(f"sample {name}", 2 * (FLAGS.repeats + FLAGS.warmup)) as bar:
+        with progress(f"sample {name}", 2 * (repeats() + FLAGS.warmup)) as bar:
             draw, network = programs.sample(size), programs.forward(size)
 
             def calls(network: Any = network, steps: int = steps) -> float:
@@ -168,13 +171,13 @@ def sample() -> None:
             drawn(), timing.seconds(network.call)  # what a first call does is not timed
             times = timing.interleaved(
                 {"sample": drawn, "calls": calls},
-                repeats=FLAGS.repeats,
+                repeats=repeats(),
                 warmup=FLAGS.warmup,
                 tell=bar.update,
             )
         each, ratio = timing.summary(times["sample"]), timing.ratio(times["sample"], times["calls"])
         peak = runtime.memory().get("device_memory_peak")
-        figures = figures_of(size, draw, each["median"])
+        told = figures.of(size, draw, each["median"])
         found[name] = {
             "run": described(size),
             "steps": steps,
@@ -182,14 +185,84 @@ def sample() -> None:
             "network_calls": timing.summary(times["calls"]),
             "ratio": ratio,
             "device_memory_peak": peak,
-            **figures,
+            **told,
         }
-        row = [name, draw.batch_size, steps, milliseconds(each), spread(ratio)]
-        rows.append([*row, *in_words(figures, peak)])
+        row = [name, draw.batch_size, steps, figures.milliseconds(each), figures.spread(ratio)]
+        rows.append([*row, *figures.in_words(told, peak)])
         found[name]["kernels"] = kernel_shares(name, draw, each["median"])
-    show(["size", "batch", "steps", "sample, ms", "over network calls", *HEADS], rows)
-    show_kernels("sample", found)
-    keep("sample", found)
+        keep("sample", found)
+    figures.show(
+        ["size", "batch", "steps", "sample, ms", "over network calls", *figures.HEADS], rows
+    )
+    figures.show_kernels("sample", found)
+
+
+def data() -> None:
+    """Times what makes batches, against the train steps that take them."""
+    if not training_speed.has_grain():
+        print('Grain is not installed here (pip install "jaxdiff[data]"): there is no pipeline')
+        return
+    rows, found = [], {}
+    for size in chosen_sizes("data"):
+        name, batch_size = size.config.name, size.config.train.batch_size
+        with progress(f"data {name}", 3 * (repeats() + FLAGS.warmup)) as bar:
+            step = programs.train(size)
+            runs_of = training_speed.data_sides(size) | {
+                "train": lambda times, step=step: timing.seconds(step.call, times)
+            }
+            times = timing.interleaved(
+                {side: timing.calibrated(run, 0.5) for side, run in runs_of.items()},
+                repeats=repeats(),
+                warmup=FLAGS.warmup,
+                tell=bar.update,
+            )
+        found[name] = {"run": described(size)} | {k: timing.summary(v) for k, v in times.items()}
+        speeds = [f"{batch_size / found[name][side]['median']:,.4g}" for side in runs_of]
+        ratios = [timing.ratio(times["train"], times[side]) for side in ("grain", "resident")]
+        rows.append([name, batch_size, *speeds, *map(figures.spread, ratios)])
+        keep("data", found)
+    heads = [f"{side}, images/s" for side in ("grain", "resident", "train step")]
+    figures.show(["size", "batch", *heads, "grain / train", "resident / train"], rows)
+
+
+def compilation() -> None:
+    """Times compilation, in fresh processes with a cache of their own, and imports."""
+    rows, found = [], {}
+    for size in chosen_sizes("compile"):
+        name = size.config.name
+        found[name] = {"run": described(size), "programs": {}}
+        for what, steps in (("train", None), ("sample", 10), ("sample", 1000)):
+            label = f"{what}, {steps} steps" if steps else what
+            with progress(f"compile {name}, {label}", 2 * repeats(few=1)) as bar:
+                told = fresh.compile_times(
+                    programs.with_changes(size, {"sample": {"steps": steps}} if steps else {}),
+                    what,
+                    cpu_devices=cpu_devices(),
+                    repeats=repeats(few=1),
+                    tell=bar.update,
+                )
+            found[name]["programs"][label] = told
+            seconds = [f"{told[kind]['median']:.2f}" for kind in ("cold", "warm")]
+            needs = estimate.in_bytes(told["memory"]["temporaries"])
+            rows.append([name, label, *seconds, f"{told['lower_s']:.2f}", told["lines"], needs])
+        keep("compile", found)
+    with progress("imports", 2 * (repeats() + 1)) as bar:
+        found["imports"] = fresh.import_times(repeats(), bar.update)
+    keep("compile", found)
+    heads = ["cold, s", "cached, s", "of it to lower, s", "lines", "temporaries"]
+    figures.show(["size", "program", *heads], rows)
+    alone, both, more = (each["median"] for each in found["imports"].values())
+    print(f"import jax: {alone:.3f} s; import jax, jaxdiff: {both:.3f} s, {more:.3f} s more")
+
+
+def cpu_devices() -> int | None:
+    """Returns how many devices the CPU is told to be, if it is."""
+    return FLAGS.cpu_devices if FLAGS["cpu_devices"].present else None
+
+
+def repeats(few: int = 7) -> int:
+    """Returns how often to measure: as asked for, or else `few`."""
+    return FLAGS.repeats or few
 
 
 def compare() -> None:
@@ -202,14 +275,14 @@ def compare() -> None:
     for program in FLAGS.programs:
         programs.check_name(program)
     found: dict[str, Any] = {}
-    rows = []
+    rows, failures = [], []
     with peers.Worker(FLAGS.python) as worker:
         for size in chosen_sizes("peers"):
             name = size.config.name
             about = peers.check(worker, size)
             found[name] = {"run": described(size), "peer": about, "programs": {}, "kernels": {}}
             for what in FLAGS.programs:
-                count = (FLAGS.repeats + FLAGS.warmup) * (1 + len(FLAGS.sides))
+                count = (repeats() + FLAGS.warmup) * (1 + len(FLAGS.sides))
                 with progress(f"{what} {name}", count) as bar:
                     program = programs.make(what, size)
                     result = peers.compare(
@@ -218,71 +291,48 @@ def compare() -> None:
                         program,
                         what,
                         FLAGS.sides,
-                        repeats=FLAGS.repeats,
+                        repeats=repeats(),
                         warmup=FLAGS.warmup,
                         tell=bar.update,
                     )
+                rows.append([what, name, *figures.peer_row(result)])
+                say(" ".join(rows[-1]))
+                failures += figures.failures(f"{what} {name}", result["sides"])
+                ours = result["sides"]["jaxdiff"].get("median")
+                if ours:
+                    result |= figures.of(size, program, ours)
+                    found[name]["kernels"][what] = kernel_shares(f"{what} {name}", program, ours)
                 found[name]["programs"][what] = result
-                rows.append([what, name, *peer_row(result)])
-                say(" ".join(map(str, rows[-1])))
-                ours = result["sides"]["jaxdiff"]
-                if "median" in ours:
-                    result |= figures_of(size, program, ours["median"])
-                    found[name]["kernels"][what] = kernel_shares(
-                        f"{what} {name}", program, ours["median"]
-                    )
+                keep("peers", found)
                 del program
-    show(
-        ["program", "size", *(f"{s}, ms" for s in ("jaxdiff", *FLAGS.sides)), "best / jaxdiff"],
-        rows,
-    )
+    names = ("jaxdiff", *FLAGS.sides)
+    figures.show(["program", "size", *(f"{side}, ms" for side in names), "best / jaxdiff"], rows)
+    for line in failures:
+        print(line)
     for name, values in found.items():
-        for what, result in values["programs"].items():
-            for side, told in result["sides"].items():
-                if "error" in told:
-                    print(f"{what} {name}, {side}: {told['error']}")
-    for name, values in found.items():
-        show_kernels(name, {what: {"kernels": v} for what, v in values["kernels"].items()})
+        figures.show_kernels(name, {what: {"kernels": v} for what, v in values["kernels"].items()})
+    if FLAGS.memory:
+        compare_memory(found)
     keep("peers", found)
 
 
-def peer_row(result: dict[str, Any]) -> list[str]:
-    """Returns a row of the table: times of all sides, and the ratio."""
-    times = [
-        "failed" if "error" in side else milliseconds(side) for side in result["sides"].values()
-    ]
-    ahead = f"{spread(result['ratio'])} {result['best']}" if "ratio" in result else "-"
-    return [*times, ahead]
-
-
-HEADS = ("images/s", "FLOP/s", "of the peak", "memory")
-
-
-def figures_of(size: Size, program: programs.Program, seconds: float) -> dict[str, Any]:
-    """Returns what follows from the time of a call."""
-    device = jax.devices()[0]
-    chip = chips.of_kind(device.device_kind)
-    peak = chip and (chip.float32 if size.config.model.dtype == "float32" else chip.bfloat16)
-    speed = program.flops / seconds
-    return {
-        "images_per_second": program.batch_size / seconds,
-        "flops": program.flops,
-        "flops_per_second": speed,
-        "share_of_peak": speed / (peak * jax.device_count()) if peak else None,
-        "memory": program.memory,
-    }
-
-
-def in_words(figures: dict[str, Any], peak: int | None) -> list[str]:
-    """Returns the same for a table, under `HEADS`."""
-    share, needs = figures["share_of_peak"], sum(figures["memory"].values())
-    memory = f"{estimate.in_bytes(peak)} at most" if peak else estimate.in_bytes(needs)
-    return [
-        f"{figures['images_per_second']:,.4g}",
-        estimate.in_units(figures["flops_per_second"], "FLOP/s"),
-        f"{100 * share:.1f} %" if share is not None else "-",
-        memory,
-    ]
+def compare_memory(found: dict[str, Any]) -> None:
+    """Measures the memory of train steps, in a fresh process each, and adds it to what is found."""
+    rows, failures, names = [], [], ("jaxdiff", "jaxdiff, remat", *FLAGS.sides)
+    for size in chosen_sizes("peers"):
+        name = size.config.name
+        with progress(f"memory {name}", len(names)) as bar:
+            told = peers.memory(
+                FLAGS.python, size, FLAGS.sides, cpu_devices=cpu_devices(), tell=bar.update
+            )
+        found[name]["memory"] = told
+        needs = [estimate.in_bytes(v["bytes"]) if "bytes" in v else "failed" for v in told.values()]
+        rows.append([name, *needs])
+        failures += figures.failures(f"memory {name}", told)
+    print("\npeak memory of train steps, above that of a process that has done nothing")
+    figures.show(["size", *names], rows)
+    for line in failures:
+        print(line)
 
 
 def kernel_shares(name: str, program: programs.Program, whole: float) -> dict[str, Any] | None:
@@ -292,28 +342,9 @@ def kernel_shares(name: str, program: programs.Program, whole: float) -> dict[st
     return kernels.shares(
         program,
         whole,
-        repeats=FLAGS.repeats,
+        repeats=repeats(),
         tell=lambda left: say(f"{name}: {left} kernels left") if left % 10 == 0 else None,
     )
-
-
-def show_kernels(title: str, found: dict[str, Any]) -> None:
-    """Prints the tables of kernels, if there are any."""
-    rows = [
-        [
-            name,
-            kind,
-            sums["count"],
-            f"{1e3 * sums['seconds']:.4g}",
-            f"{sums['flops'] / sums['seconds'] / 1e9:.4g}",
-            f"{100 * sums['share']:.1f} %",
-        ]
-        for name, values in found.items()
-        for kind, sums in (values.get("kernels") or {}).items()
-    ]
-    if rows:
-        print(f"\nkernels of {title}, each timed alone")
-        show(["of", "kind", "number", "ms", "GFLOP/s", "of the whole"], rows)
 
 
 def described(size: Size) -> dict[str, Any]:
@@ -324,26 +355,6 @@ def described(size: Size) -> dict[str, Any]:
         "compiler_options": runtime.compiler_options(),
         "cpu_count": os.cpu_count(),
     }
-
-
-def milliseconds(found: dict[str, Any]) -> str:
-    """Returns a median in ms, and from where to where it goes."""
-    median, low, high = (1e3 * found[key] for key in ("median", "min", "max"))
-    return f"{median:.4g} ({low:.4g}..{high:.4g})"
-
-
-def spread(found: dict[str, Any]) -> str:
-    """Returns a median ratio, and from where to where it goes."""
-    return f"{found['median']:.3f} ({found['min']:.3f}..{found['max']:.3f})"
-
-
-def show(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table."""
-    lines = [[str(cell) for cell in row] for row in (heads, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        print("  ".join(cells).rstrip(), flush=True)
 
 
 def say(text: str) -> None:
@@ -361,15 +372,16 @@ def progress(name: str, total: int) -> Iterator[tqdm.tqdm]:
 
 
 def keep(command: str, found: dict[str, Any]) -> None:
-    """Writes all figures, if asked for."""
+    """Writes all figures so far, if asked for."""
     if FLAGS.json:
         runs.write_json(Path(FLAGS.json), {command: found})
-        print(f"wrote {FLAGS.json}")
 
 
 MAIN: dict[str, Callable[[], None]] = {
     "train": train,
     "sample": sample,
+    "data": data,
+    "compile": compilation,
     "peers": compare,
 }
 

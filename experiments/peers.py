@@ -11,14 +11,14 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments import programs, timing
+from experiments import fresh, programs, timing
 from experiments.runs import RunError
 from experiments.sizes import Size
 
@@ -151,7 +151,7 @@ def compare(
     warmup: int,
     pause: float = PAUSE,
     at_least: float = AT_LEAST,
-    tell: Any = lambda: None,
+    tell: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """Returns the times of a program here and there, in turn.
 
@@ -210,3 +210,34 @@ def best(found: Mapping[str, list[float] | timing.SideError]) -> dict[str, Any]:
         return {}
     name = min(ran, key=lambda side: timing.summary(ran[side])["median"])
     return {"best": name, "ratio": timing.ratio(ran[name], ours)}
+
+
+def memory(
+    python: str,
+    size: Size,
+    sides: Sequence[str],
+    *,
+    cpu_devices: int | None,
+    tell: Callable[[], Any] = lambda: None,
+) -> dict[str, Any]:
+    """Returns the most memory that train steps take, here and there, each in a fresh process.
+
+    Returns:
+      For "jaxdiff", "jaxdiff, remat" and each of the sides "bytes", or "error".
+    """
+    found: dict[str, Any] = {}
+    for name, remat in (("jaxdiff", False), ("jaxdiff, remat", True)):
+        changed = programs.with_changes(size, {"model": {"remat": remat}})
+        try:
+            found[name] = fresh.peak_memory(changed, cpu_devices=cpu_devices)
+        except RunError as error:
+            found[name] = {"error": str(error)}
+        tell()
+    for side in sides:
+        with Worker(python) as worker:
+            try:
+                found[side] = worker.ask(what="memory", of=request_of(size, "train", side))
+            except (RunError, timing.SideError) as error:
+                found[side] = {"error": str(error)}
+        tell()
+    return found

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ class Program(NamedTuple):
       memory: what the compiler says it needs on each device, bytes: "arguments", "outputs" (without
         those that take the place of arguments) and "temporaries".
       lines: of the program's text.
+      times: seconds that it took to make: "lower_s", to trace and lower, and "compile_s".
       jaxpr: what was compiled.
       args: what it was compiled for.
     """
@@ -39,6 +41,7 @@ class Program(NamedTuple):
     flops: float
     memory: dict[str, int]
     lines: int
+    times: dict[str, float]
     jaxpr: Any
     args: tuple[Any, ...]
 
@@ -164,9 +167,12 @@ def with_changes(size: Size, changes: Mapping[str, Any]) -> Size:
 
 
 def _program(jitted: Any, args: tuple[Any, ...], batch_size: int) -> Program:
+    start = time.perf_counter()
     traced = jitted.trace(*args)
     lowered = traced.lower()
+    middle = time.perf_counter()
     compiled = lowered.compile()
+    times = {"lower_s": middle - start, "compile_s": time.perf_counter() - middle}
     needs = compiled.memory_analysis()
     memory = {
         "arguments": needs.argument_size_in_bytes,
@@ -179,4 +185,4 @@ def _program(jitted: Any, args: tuple[Any, ...], batch_size: int) -> Program:
     def call(*given: Any) -> Any:
         return compiled(*(given or args))
 
-    return Program(call, batch_size, flops, memory, lines, traced.jaxpr, args)
+    return Program(call, batch_size, flops, memory, lines, times, traced.jaxpr, args)

@@ -1,4 +1,4 @@
-"""What the training loop costs beyond its steps: with its data and metrics, against steps alone.
+"""What training costs beyond its steps: its loop, with data and metrics, and its data alone.
 
 The loop runs as in an experiment, and stands still at the end of each part of it, while as many
 steps of the compiled program alone are timed. No checkpoint is written in a part that is timed.
@@ -130,3 +130,31 @@ def loop_and_steps(
                 preview=end_of_part,
             )
     return {name: values[-repeats:] for name, values in times.items()}
+
+
+def data_sides(size: Size) -> dict[str, Callable[[int], float]]:
+    """Returns `times -> seconds a batch` of the ways to make batches for the device.
+
+    "grain" is the pipeline, with its batches sent to the device, and "resident" that of data that
+    are there already.
+
+    Raises:
+      ImportError: Grain is not installed.
+    """
+    source, mesh = random_images(size), build.make_mesh(size.config)
+    place = sharding.rows(mesh)
+    batches = build.make_batches(size.config, source)
+    held, addresses, take = build.make_resident(size.config, source)
+    arrays = jax.device_put(held, sharding.everywhere(mesh))
+    gather = jax.jit(take, out_shardings=place)
+
+    def piped() -> Any:
+        return sharding.from_rows(next(batches), place)
+
+    def gathered() -> Any:
+        return gather(arrays, sharding.from_rows(next(addresses), place))
+
+    return {
+        "grain": lambda times: timing.seconds(piped, times),
+        "resident": lambda times: timing.seconds(gathered, times),
+    }

@@ -1,0 +1,94 @@
+"""What follows from measured times, and how it is told in tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from experiments import chips, estimate, programs
+from experiments.sizes import Size
+
+
+def peer_row(result: Mapping[str, Any]) -> list[str]:
+    """Returns a row of the table: times of all sides, and the ratio."""
+    times = [
+        "failed" if "error" in side else milliseconds(side) for side in result["sides"].values()
+    ]
+    ahead = f"{spread(result['ratio'])} {result['best']}" if "ratio" in result else "-"
+    return [*times, ahead]
+
+
+def failures(what: str, sides: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Returns a line for each side that failed."""
+    return [f"{what}, {side}: {v['error']}" for side, v in sides.items() if "error" in v]
+
+
+HEADS = ("images/s", "FLOP/s", "of the peak", "memory")
+
+
+def of(size: Size, program: programs.Program, seconds: float) -> dict[str, Any]:
+    """Returns what follows from the time of a call."""
+    device = jax.devices()[0]
+    chip = chips.of_kind(device.device_kind)
+    peak = chip and (chip.float32 if size.config.model.dtype == "float32" else chip.bfloat16)
+    speed = program.flops / seconds
+    return {
+        "images_per_second": program.batch_size / seconds,
+        "flops": program.flops,
+        "flops_per_second": speed,
+        "share_of_peak": speed / (peak * jax.device_count()) if peak else None,
+        "memory": program.memory,
+    }
+
+
+def in_words(figures: Mapping[str, Any], peak: int | None) -> list[str]:
+    """Returns the same for a table, under `HEADS`."""
+    share, needs = figures["share_of_peak"], sum(figures["memory"].values())
+    memory = f"{estimate.in_bytes(peak)} at most" if peak else estimate.in_bytes(needs)
+    return [
+        f"{figures['images_per_second']:,.4g}",
+        estimate.in_units(figures["flops_per_second"], "FLOP/s"),
+        f"{100 * share:.1f} %" if share is not None else "-",
+        memory,
+    ]
+
+
+def milliseconds(found: Mapping[str, Any]) -> str:
+    """Returns a median in ms, and from where to where it goes."""
+    median, low, high = (1e3 * found[key] for key in ("median", "min", "max"))
+    return f"{median:.4g} ({low:.4g}..{high:.4g})"
+
+
+def spread(found: Mapping[str, Any]) -> str:
+    """Returns a median ratio, and from where to where it goes."""
+    return f"{found['median']:.3f} ({found['min']:.3f}..{found['max']:.3f})"
+
+
+def show(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table."""
+    lines = [[str(cell) for cell in row] for row in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join(cells).rstrip(), flush=True)
+
+
+def show_kernels(title: str, found: Mapping[str, Any]) -> None:
+    """Prints the tables of kernels, if there are any."""
+    rows = [
+        [
+            name,
+            kind,
+            sums["count"],
+            f"{1e3 * sums['seconds']:.4g}",
+            f"{sums['flops'] / sums['seconds'] / 1e9:.4g}",
+            f"{100 * sums['share']:.1f} %",
+        ]
+        for name, values in found.items()
+        for kind, sums in (values.get("kernels") or {}).items()
+    ]
+    if rows:
+        print(f"\nkernels of {title}, each timed alone")
+        show(["of", "kind", "number", "ms", "GFLOP/s", "of the whole"], rows)
