@@ -6,6 +6,7 @@ idle while this process works.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -64,9 +65,13 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.stdin.close()
-        self.process.terminate()
-        self.process.wait()
+        with contextlib.suppress(BrokenPipeError):  # what could not be written to it is still there
+            self.process.stdin.close()  # which ends it, unless it is in the midst of something
+        try:
+            self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         self.process.stdout.close()
         self.said.close()
 
