@@ -18,16 +18,13 @@ No data set is needed. --json=FILE keeps all figures.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import tqdm
 from absl import flags
 from ml_collections import config_flags
 
@@ -60,34 +57,37 @@ ONLY = {
 }
 
 
-def define_flags() -> None:
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the command's flags; not on import, where they would meet another command's."""
-    config_flags.DEFINE_config_file("config", None, "A configuration, instead of --size.")
-    flags.DEFINE_list("size", list(sizes.NAMES), f"Networks: {', '.join(sizes.NAMES)}.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the network.")
-    flags.DEFINE_integer("batch_size", None, "Examples at a time.", lower_bound=1)
-    flags.DEFINE_integer(
-        "repeats", None, "How often each side is timed; 7, but once compiled.", lower_bound=1
+    config_flags.DEFINE_config_file(
+        "config", None, "A configuration, instead of --size.", flag_values=values
     )
-    flags.DEFINE_integer("warmup", 1, "How often before that, not to be counted.", lower_bound=0)
-    flags.DEFINE_integer(
-        "steps",
-        None,
-        "Steps of the sampler; if not given 50, but 10 for `sample` on CPU.",
-        lower_bound=1,
+
+    def whole(name: str, text: str, default: int | None = None, least: int = 1) -> None:
+        flags.DEFINE_integer(name, default, text, lower_bound=least, flag_values=values)
+
+    def names(name: str, default: Any, text: str) -> None:
+        flags.DEFINE_list(name, list(default), f"{text}: {','.join(default)}.", flag_values=values)
+
+    names("size", sizes.NAMES, "Networks")
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "Of the network.", flag_values=values
     )
-    flags.DEFINE_integer(
-        "train_steps",
-        None,
-        "Steps of a timed part of the loop; as many as take two seconds if not given.",
-        lower_bound=1,
+    whole("batch_size", "Examples at a time; if not given, as the backend likes it.")
+    whole("repeats", "How often each side is timed; if not given 7 times, but compiled once.")
+    whole("warmup", "How often before that, not to be counted.", 1, 0)
+    whole("steps", "Steps of the sampler; if not given 50, but 10 for `sample` on CPU.")
+    whole("train_steps", "Steps of a timed part of the loop; if not given, for two seconds.")
+    flags.DEFINE_bool(
+        "kernels", False, "Also the share of convolutions and products.", flag_values=values
     )
-    flags.DEFINE_bool("kernels", False, "Also the share of convolutions and matrix products.")
-    flags.DEFINE_string("python", None, "The Python of an environment with PyTorch and diffusers.")
-    flags.DEFINE_list("sides", list(peers.SIDES), "How PyTorch is to run it.")
-    flags.DEFINE_list("programs", list(programs.MAKE), "What is to be compared.")
-    flags.DEFINE_bool("memory", False, "Also the peak memory of a train step.")
-    flags.DEFINE_string("json", None, "A file for all figures.")
+    flags.DEFINE_string(
+        "python", None, "The Python of an environment with PyTorch.", flag_values=values
+    )
+    names("sides", peers.SIDES, "How PyTorch is to run it")
+    names("programs", programs.MAKE, "What is to be compared")
+    flags.DEFINE_bool("memory", False, "Also the peak memory of train steps.", flag_values=values)
+    flags.DEFINE_string("json", None, "A file for all figures.", flag_values=values)
 
 
 def chosen_sizes(command: str) -> list[Size]:
@@ -124,7 +124,7 @@ def train() -> None:
     rows, found = [], {}
     for size in chosen_sizes("train"):
         name = size.config.name
-        with progress(f"train {name}", repeats() + max(1, FLAGS.warmup)) as bar:
+        with figures.progress(f"train {name}", repeats() + max(1, FLAGS.warmup)) as bar:
             step = programs.train(size)
             timing.seconds(step.call)
             one = timing.seconds(step.call)
@@ -137,7 +137,7 @@ def train() -> None:
         ratio = timing.ratio(times["steps"], times["loop"])
         told = figures.of(size, step, each["median"])
         found[name] = {
-            "run": described(size),
+            "run": figures.described(size),
             "steps_in_a_part": count,
             "step": each,
             "loop": timing.summary([taken / count for taken in times["loop"]]),
@@ -159,7 +159,7 @@ def sample() -> None:
     rows, found = [], {}
     for size in chosen_sizes("sample"):
         name, steps = size.config.name, size.config.sample.steps
-        with progress(f"sample {name}", 2 * (repeats() + FLAGS.warmup)) as bar:
+        with figures.progress(f"sample {name}", 2 * (repeats() + FLAGS.warmup)) as bar:
             draw, network = programs.sample(size), programs.forward(size)
 
             def calls(network: Any = network, steps: int = steps) -> float:
@@ -179,7 +179,7 @@ def sample() -> None:
         peak = runtime.memory().get("device_memory_peak")
         told = figures.of(size, draw, each["median"])
         found[name] = {
-            "run": described(size),
+            "run": figures.described(size),
             "steps": steps,
             "sample": each,
             "network_calls": timing.summary(times["calls"]),
@@ -205,7 +205,7 @@ def data() -> None:
     rows, found = [], {}
     for size in chosen_sizes("data"):
         name, batch_size = size.config.name, size.config.train.batch_size
-        with progress(f"data {name}", 3 * (repeats() + FLAGS.warmup)) as bar:
+        with figures.progress(f"data {name}", 3 * (repeats() + FLAGS.warmup)) as bar:
             step = programs.train(size)
             runs_of = training_speed.data_sides(size) | {
                 "train": lambda times, step=step: timing.seconds(step.call, times)
@@ -216,7 +216,9 @@ def data() -> None:
                 warmup=FLAGS.warmup,
                 tell=bar.update,
             )
-        found[name] = {"run": described(size)} | {k: timing.summary(v) for k, v in times.items()}
+        found[name] = {"run": figures.described(size)} | {
+            k: timing.summary(v) for k, v in times.items()
+        }
         speeds = [f"{batch_size / found[name][side]['median']:,.4g}" for side in runs_of]
         ratios = [timing.ratio(times["train"], times[side]) for side in ("grain", "resident")]
         rows.append([name, batch_size, *speeds, *map(figures.spread, ratios)])
@@ -230,14 +232,14 @@ def compilation() -> None:
     rows, found = [], {}
     for size in chosen_sizes("compile"):
         name = size.config.name
-        found[name] = {"run": described(size), "programs": {}}
+        found[name] = {"run": figures.described(size), "programs": {}}
         for what, steps in (("train", None), ("sample", 10), ("sample", 1000)):
             label = f"{what}, {steps} steps" if steps else what
-            with progress(f"compile {name}, {label}", 2 * repeats(few=1)) as bar:
+            with figures.progress(f"compile {name}, {label}", 2 * repeats(few=1)) as bar:
                 told = fresh.compile_times(
                     programs.with_changes(size, {"sample": {"steps": steps}} if steps else {}),
                     what,
-                    cpu_devices=cpu_devices(),
+                    cpu_devices=runtime.cpu_devices(),
                     repeats=repeats(few=1),
                     tell=bar.update,
                 )
@@ -246,18 +248,13 @@ def compilation() -> None:
             needs = estimate.in_bytes(told["memory"]["temporaries"])
             rows.append([name, label, *seconds, f"{told['lower_s']:.2f}", told["lines"], needs])
         keep("compile", found)
-    with progress("imports", 2 * (repeats() + 1)) as bar:
+    with figures.progress("imports", 2 * (repeats() + 1)) as bar:
         found["imports"] = fresh.import_times(repeats(), bar.update)
     keep("compile", found)
     heads = ["cold, s", "cached, s", "of it to lower, s", "lines", "temporaries"]
     figures.show(["size", "program", *heads], rows)
     alone, both, more = (each["median"] for each in found["imports"].values())
     print(f"import jax: {alone:.3f} s; import jax, jaxdiff: {both:.3f} s, {more:.3f} s more")
-
-
-def cpu_devices() -> int | None:
-    """Returns how many devices the CPU is told to be, if it is."""
-    return FLAGS.cpu_devices if FLAGS["cpu_devices"].present else None
 
 
 def repeats(few: int = 7) -> int:
@@ -280,10 +277,15 @@ def compare() -> None:
         for size in chosen_sizes("peers"):
             name = size.config.name
             about = peers.check(worker, size)
-            found[name] = {"run": described(size), "peer": about, "programs": {}, "kernels": {}}
+            found[name] = {
+                "run": figures.described(size),
+                "peer": about,
+                "programs": {},
+                "kernels": {},
+            }
             for what in FLAGS.programs:
                 count = (repeats() + FLAGS.warmup) * (1 + len(FLAGS.sides))
-                with progress(f"{what} {name}", count) as bar:
+                with figures.progress(f"{what} {name}", count) as bar:
                     program = programs.make(what, size)
                     result = peers.compare(
                         worker,
@@ -296,7 +298,7 @@ def compare() -> None:
                         tell=bar.update,
                     )
                 rows.append([what, name, *figures.peer_row(result)])
-                say(" ".join(rows[-1]))
+                figures.say(" ".join(rows[-1]))
                 failures += figures.failures(f"{what} {name}", result["sides"])
                 ours = result["sides"]["jaxdiff"].get("median")
                 if ours:
@@ -321,9 +323,9 @@ def compare_memory(found: dict[str, Any]) -> None:
     rows, failures, names = [], [], ("jaxdiff", "jaxdiff, remat", *FLAGS.sides)
     for size in chosen_sizes("peers"):
         name = size.config.name
-        with progress(f"memory {name}", len(names)) as bar:
+        with figures.progress(f"memory {name}", len(names)) as bar:
             told = peers.memory(
-                FLAGS.python, size, FLAGS.sides, cpu_devices=cpu_devices(), tell=bar.update
+                FLAGS.python, size, FLAGS.sides, cpu_devices=runtime.cpu_devices(), tell=bar.update
             )
         found[name]["memory"] = told
         needs = [estimate.in_bytes(v["bytes"]) if "bytes" in v else "failed" for v in told.values()]
@@ -343,32 +345,8 @@ def kernel_shares(name: str, program: programs.Program, whole: float) -> dict[st
         program,
         whole,
         repeats=repeats(),
-        tell=lambda left: say(f"{name}: {left} kernels left") if left % 10 == 0 else None,
+        tell=lambda left: figures.say(f"{name}: {left} kernels left") if left % 10 == 0 else None,
     )
-
-
-def described(size: Size) -> dict[str, Any]:
-    """Returns what a reader must know of the machine and of what ran."""
-    about = runs.describe(size.config, programs.count_parameters(size), size.shape)
-    return about | {
-        "model": runs.as_json(size.config)["model"],
-        "compiler_options": runtime.compiler_options(),
-        "cpu_count": os.cpu_count(),
-    }
-
-
-def say(text: str) -> None:
-    """Writes a line of progress, beside the table."""
-    tqdm.tqdm.write(text, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def progress(name: str, total: int) -> Iterator[tqdm.tqdm]:
-    """Shows how far the measurement is; where there is no terminal, that it has begun."""
-    with tqdm.tqdm(total=total, desc=name, disable=None, leave=False) as bar:
-        if bar.disable:
-            say(f"{name} ...")
-        yield bar
 
 
 def keep(command: str, found: dict[str, Any]) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import tqdm
 
-from experiments import chips, estimate, programs
+from experiments import chips, estimate, programs, runs, runtime
 from experiments.sizes import Size
 
 
@@ -92,3 +96,27 @@ def show_kernels(title: str, found: Mapping[str, Any]) -> None:
     if rows:
         print(f"\nkernels of {title}, each timed alone")
         show(["of", "kind", "number", "ms", "GFLOP/s", "of the whole"], rows)
+
+
+def described(size: Size) -> dict[str, Any]:
+    """Returns what a reader must know of the machine and of what ran."""
+    about = runs.describe(size.config, programs.count_parameters(size), size.shape)
+    return about | {
+        "model": runs.as_json(size.config)["model"],
+        "compiler_options": runtime.compiler_options(),
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def say(text: str) -> None:
+    """Writes a line of progress, beside the table."""
+    tqdm.tqdm.write(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def progress(name: str, total: int) -> Iterator[tqdm.tqdm]:
+    """Shows how far the measurement is; where there is no terminal, that it has begun."""
+    with tqdm.tqdm(total=total, desc=name, disable=None, leave=False) as bar:
+        if bar.disable:
+            say(f"{name} ...")
+        yield bar

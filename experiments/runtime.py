@@ -32,9 +32,8 @@ def start() -> None:
 
     The cache is in `JAX_COMPILATION_CACHE_DIR`, or else in `cache_folder()`.
     """
-    # Not where it is not given: XLA_FLAGS may say how many, and this would win.
-    if "cpu_devices" in flags.FLAGS and flags.FLAGS["cpu_devices"].present:
-        jax.config.update("jax_num_cpu_devices", flags.FLAGS.cpu_devices)
+    if devices := cpu_devices():
+        jax.config.update("jax_num_cpu_devices", devices)
     logging.set_verbosity(logging.ERROR)  # not what JAX, Orbax and TFDS remark on the way
     # Eight heaps a core, as glibc has it, each with gaps of its own, would grow for a long time.
     with contextlib.suppress(AttributeError, OSError):  # other C libraries
@@ -44,6 +43,12 @@ def start() -> None:
             cache_folder().mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def cpu_devices() -> int | None:
+    """Returns what --cpu_devices says; None if it is not given: then XLA_FLAGS may say it."""
+    given = "cpu_devices" in flags.FLAGS and flags.FLAGS["cpu_devices"].present
+    return flags.FLAGS.cpu_devices if given else None
 
 
 def cache_folder() -> Path:
