@@ -29,6 +29,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import (
+    build,
     estimate,
     figures,
     fresh,
@@ -267,8 +268,7 @@ def compare() -> None:
     # Two processes share a GPU, and JAX takes most of it unless told otherwise.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
     for side in FLAGS.sides:
-        if side not in peers.SIDES:
-            raise ValueError(f"--sides must be of {', '.join(peers.SIDES)}, got {side!r}")
+        build.choose("--sides", side, dict.fromkeys(peers.SIDES))
     for program in FLAGS.programs:
         programs.check_name(program)
     found: dict[str, Any] = {}
@@ -295,6 +295,7 @@ def compare() -> None:
                         FLAGS.sides,
                         repeats=repeats(),
                         warmup=FLAGS.warmup,
+                        pause=peers.PAUSE,
                         tell=bar.update,
                     )
                 rows.append([what, name, *figures.peer_row(result)])
