@@ -117,8 +117,9 @@ def parse(text: str) -> Topology:
 
 def of_kind(kind: str) -> Chip | None:
     """Returns what a device can do, by what JAX says of it (`device_kind`); None if not known."""
+    parts = set(re.split(r"\W+", kind))
     for name, chip in GPUS.items():
-        if all(part in kind for part in name.replace("-", " ").split()):
+        if parts >= set(name.split("-")):
             return chip
     words = kind.lower().replace(" lite", "e").split()
     version = words[1] if words[:1] == ["tpu"] and len(words) > 1 else "".join(words)

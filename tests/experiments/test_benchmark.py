@@ -17,6 +17,7 @@ from jax import lax
 
 from experiments import (
     benchmark,
+    build,
     chips,
     figures,
     fresh,
@@ -29,6 +30,7 @@ from experiments import (
     training_speed,
 )
 from experiments.config import default
+from tests import small_runs
 
 
 def tiny(**changes):
@@ -152,7 +154,7 @@ def test_sizes_can_be_changed():
     assert size.config.model.dtype == "bfloat16"
     assert size.config.train.batch_size == size.config.sample.batch_size == 16
     assert not size.config.optimizer.clip_norm
-    with pytest.raises(ValueError, match="--size must be one of .* did you mean 'mnist'"):
+    with pytest.raises(ValueError, match=r"--size must be one of .* did you mean 'mnist'"):
         sizes.make("mnits")
 
 
@@ -184,7 +186,8 @@ def test_programs_run_and_count_their_work():
     assert size.config.train.batch_size == 8
 
 
-def test_programs_of_labelled_networks():
+def test_programs_of_labelled_networks(monkeypatch):
+    monkeypatch.setattr(build, "make_model", small_runs.make_model)
     size = tiny(labels={"num_classes": 3})
     assert programs.forward(size).call().shape == (8, 4, 4, 1)
     assert programs.host_batch(size)["cond"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
@@ -367,6 +370,8 @@ def command(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def small(monkeypatch):
+    """The commands measure a network that compiles at once."""
+    monkeypatch.setattr(build, "make_model", small_runs.make_model)
     monkeypatch.setattr(sizes, "make", lambda name, **options: tiny())
 
 
@@ -379,8 +384,9 @@ def test_training_is_timed(command):
     assert figures["speed_of_the_loop"]["all"] == pytest.approx(ratios)
     assert figures["run"]["parameters"] == programs.count_parameters(tiny())
     assert figures["data"] == "grain"
-    assert figures["kernels"]["all"]["count"] > 10
-    assert "kernel gradient" in said
+    # Two dense layers: forward, towards the kernels and towards the second's input.
+    assert figures["kernels"]["all"]["count"] == 5
+    assert "matrix product" in said
 
 
 @pytest.mark.usefixtures("small")
@@ -432,7 +438,7 @@ def test_compilation_is_timed(command, monkeypatch):
     monkeypatch.setattr(fresh, "seconds_to_import", lambda names: next(seconds))
     said, found = command("compile", "--size=x", "--repeats=3")
     assert asked[::6] == [
-        ("compile", "train", 3, None),
+        ("compile", "train", 50, None),
         ("compile", "sample", 10, None),
         ("compile", "sample", 1000, None),
     ]
@@ -444,6 +450,11 @@ def test_compilation_is_timed(command, monkeypatch):
     assert "import jax: 2.000 s; import jax, jaxdiff: 2.100 s, 0.100 s more" in said
 
 
+# ml_collections loads the file in a way that is going out of use.
+reads_a_config = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")
+
+
+@reads_a_config
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -458,6 +469,7 @@ def test_flags_that_make_no_sense(command, arguments, message):
         command("sample", *arguments)
 
 
+@reads_a_config
 def test_a_configuration_instead_of_a_size(monkeypatch):
     values = flags.FlagValues()
     benchmark.define_flags(values)
@@ -472,14 +484,15 @@ def test_a_configuration_instead_of_a_size(monkeypatch):
 
 def failed(monkeypatch, capsys, main, *arguments):
     """Returns the exit status of a command and what it says, its flags already parsed."""
-    monkeypatch.setattr(runtime, "start", lambda: None)
-    monkeypatch.setattr(runtime, "join", lambda: None)
-    monkeypatch.setattr(runtime, "define_process_flags", lambda: None)
-    monkeypatch.setattr(runtime, "_parse", list)
-    monkeypatch.setattr(sys, "argv", ["command", *arguments])
-    with pytest.raises(SystemExit) as error:
+    for name in ("start", "join", "define_process_flags"):
+        monkeypatch.setattr(runtime, name, lambda: None)
+    monkeypatch.setattr(runtime.app, "run", lambda run, flags_parser: run(["command", *arguments]))
+    status = 0
+    try:
         runtime.command(lambda: None, main)
-    return error.value.code or 0, capsys.readouterr().err.strip()
+    except SystemExit as error:
+        status = error.code
+    return status, capsys.readouterr().err.strip()
 
 
 def test_subcommands_are_found_by_name(monkeypatch, capsys):

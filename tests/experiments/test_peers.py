@@ -114,7 +114,7 @@ def test_interpreters_that_do_not_serve(fake, tmp_path):
             worker.Worker(python)
     fake(text="import no_such_package_as_torch")
     with peers.Worker(sys.executable) as other:
-        with pytest.raises(runs.RunError, match="lacks a package .*pip install torch diffusers"):
+        with pytest.raises(runs.RunError, match=r"lacks a package .*pip install torch diffusers"):
             other.ask(what="about")
     fake(text="import sys; sys.exit('killed for memory')")
     with peers.Worker(sys.executable) as other:
@@ -165,7 +165,7 @@ def test_the_whole_command(fake, monkeypatch, capsys, tmp_path):
     assert row[2] == "125"
     assert "failed" in row
     assert row[-2:] == ["(2.000..2.000)", "channels_last"]
-    row = next(row for row in rows if row[0] == "digits")
+    row = next(row for row in rows if row[:1] == ["digits"])
     assert row == ["digits", *["2.0", "MiB", "1.0", "MiB", "3.0", "MiB", "3.0", "MiB", "failed"]]
     assert found["programs"]["forward"]["ratio"]["median"] == 2
     assert found["memory"]["jaxdiff, remat"]["bytes"] == 2**20
