@@ -14,8 +14,10 @@ from typing import Any
 
 import jax
 
+from experiments.runs import RunError
 
-class SideError(Exception):
+
+class SideError(RunError):
     """A side can't do what it was asked for; the others can go on."""
 
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments import timing
-from experiments.runs import RunError
 
 SCRIPT = Path(__file__).parent / "peer_torch.py"
 
 
 class Worker:
     """A process of another Python that answers requests; use it in a `with`.
+
+    Where it has ended, by the system's hand maybe, the next request starts another.
 
     Args:
       python: the path of its interpreter, of an environment with PyTorch and diffusers.
@@ -37,14 +38,44 @@ class Worker:
         if not found:
             said = f"got {python!r}" if python else "none was given"
             raise ValueError(
-                f"--python must be the interpreter of an environment of its own with PyTorch and "
+                "--python must be the interpreter of an environment of its own with PyTorch and "
                 f"diffusers (pip install torch diffusers), {said}"
             )
-        self.python, self.said = found, tempfile.TemporaryFile()  # noqa: SIM115
+        self.python, self.script = found, script
+        self.process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process:
+            self._end(self.process)
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Returns the answer to a request.
+
+        Raises:
+          SideError: it says that it failed, or the process has ended.
+        """
+        process = self.process = self.process or self._start()
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(request) + "\n")
+            line = process.stdout.readline()
+        if not line:
+            self.process = None
+            raise timing.SideError(self._why_ended(self._end(process)))
+        answer = json.loads(line)
+        if "error" in answer:
+            raise timing.SideError(first_line(answer["error"]))
+        return answer
+
+    def _start(self) -> subprocess.Popen[str]:
         # Its own packages: neither this environment's, nor the folder of the script.
         environment = {name: v for name, v in os.environ.items() if name != "PYTHONPATH"}
-        self.process = subprocess.Popen(
-            [found, str(script)],
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115
+        return subprocess.Popen(
+            [self.python, str(self.script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.said,
@@ -53,44 +84,23 @@ class Worker:
             env=environment | {"PYTHONSAFEPATH": "1"},
         )
 
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def _end(self, process: subprocess.Popen[str]) -> tuple[int, str]:
+        """Ends a process; returns its status and the last line it said."""
         with contextlib.suppress(BrokenPipeError):  # what could not be written to it is still there
-            self.process.stdin.close()  # which ends it, unless it is in the midst of something
+            process.stdin.close()  # which ends it, unless it is in the midst of something
         try:
-            self.process.wait(timeout=5)
+            status = process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
-        self.said.close()
+            process.kill()
+            status = process.wait()
+        process.stdout.close()
+        with self.said as said:
+            said.seek(0)
+            lines = said.read().decode(errors="replace").strip().splitlines()
+        return status, lines[-1] if lines else "it said nothing"
 
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Returns the answer to a request.
-
-        Raises:
-          RunError: the process has ended.
-          SideError: it says that it failed.
-        """
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise RunError(self._why_ended())
-        answer = json.loads(line)
-        if "error" in answer:
-            raise timing.SideError(first_line(answer["error"]))
-        return answer
-
-    def _why_ended(self) -> str:
-        status = self.process.wait()
-        self.said.seek(0)
-        lines = self.said.read().decode(errors="replace").strip().splitlines()
-        last = lines[-1] if lines else "it said nothing"
+    def _why_ended(self, end: tuple[int, str]) -> str:
+        status, last = end
         if "ModuleNotFoundError" in last:
             return (
                 f"--python={self.python} lacks a package ({last}): in that environment, "

@@ -1,9 +1,11 @@
 """Comparison with another Python: what it is asked, and what becomes of its answers."""
 
+import importlib.util
 import json
 import re
 import sys
 
+import jax
 import pytest
 
 pytest.importorskip("ml_collections")
@@ -86,6 +88,35 @@ def test_sides_are_compared(fake, monkeypatch):
     assert request["batch_size"] == 64
     assert request["fields"] == sizes.make("digits").peer
     assert (request["program"], request["steps"], request["dtype"]) == ("train", 50, "float32")
+
+
+def test_a_side_that_ends_the_process_leaves_the_others(fake, monkeypatch):
+    fake(text=FAKE.replace('answer = {"error"', 'sys.exit("killed"); answer = {"error"'))
+    monkeypatch.setattr(timing, "seconds", lambda call, times: 0.125)
+    sides = compared(sizes.make("digits"), sides=["compiled", "eager"])["sides"]
+    assert sides["compiled"]["error"].endswith("ended with status 1: killed")
+    assert sides["eager"]["all"] == [0.5, 0.5]
+
+
+def test_an_error_of_jax_is_a_side_that_failed(fake):
+    def call():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nat length")
+
+    fake()
+    with peers.Worker(sys.executable) as other:
+        found = peers.compare(
+            other,
+            sizes.make("digits"),
+            instant(0.1)._replace(call=call),
+            "train",
+            ["eager"],
+            pause=0,
+            repeats=1,
+            warmup=0,
+        )
+    assert found["sides"]["jaxdiff"] == {"error": "RESOURCE_EXHAUSTED: out of memory"}
+    assert found["sides"]["eager"]["all"] == [0.5]
+    assert "ratio" not in found
 
 
 def test_nothing_to_compare_with(fake, monkeypatch):
@@ -180,3 +211,20 @@ def test_names_that_there_are_not(flag, monkeypatch):
     monkeypatch.setattr(benchmark, "FLAGS", values)
     with pytest.raises(ValueError, match="did you mean"):
         benchmark.MAIN["peers"]()
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("torch", "diffusers"))),
+    reason="PyTorch and diffusers are not installed",
+)
+def test_pytorch_itself():
+    size = sizes.make("digits", batch_size=2)
+    size.config.sample.steps = 2
+    with worker.Worker(sys.executable) as other:
+        assert peers.check(other, size)["device"] in ("cpu", "cuda")
+        for program in programs.MAKE:
+            request = peers.request_of(size, program, "channels_last")
+            assert other.ask(what="time", of=request, times=1)["seconds"] > 0
+        assert other.ask(what="memory", of=peers.request_of(size, "train", "eager"))["bytes"] > 0
+        with pytest.raises(timing.SideError, match="KeyError"):
+            other.ask(what="time", of={**request, "program": "none"}, times=1)
