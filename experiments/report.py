@@ -37,11 +37,8 @@ def save_samples(
     Returns:
       The archive's path.
     """
-    images = viz.to_uint8(samples)
-    if jax.process_index() == 0:
-        scale = max(1, 64 // images.shape[1])  # small images are enlarged enough to be recognised
-        viz.save_png(stem.with_suffix(".png"), viz.image_grid(images[:SHOWN], scale=scale))
-    path = stem.with_suffix(".npz")
+    images, path = viz.to_uint8(samples), stem.with_suffix(".npz")
+    save_picture(stem, samples)
     if shared and jax.process_count() > 1:
         part = f"{stem.name}-{jax.process_index():05d}-of-{jax.process_count():05d}.npz"
         path = stem.with_name(part)
@@ -56,6 +53,14 @@ def save_samples(
     )
     os.replace(temporary, path)
     return path
+
+
+def save_picture(stem: Path, samples: np.ndarray) -> None:
+    """Writes STEM.png, a picture of the first samples; one process does, of several."""
+    if jax.process_index() == 0:
+        images = viz.to_uint8(samples[:SHOWN])
+        scale = max(1, 64 // images.shape[1])  # small images are enlarged enough to be recognised
+        viz.save_png(stem.with_suffix(".png"), viz.image_grid(images, scale=scale))
 
 
 def load_samples(path: Path) -> dict[str, np.ndarray]:

@@ -155,8 +155,11 @@ def draw_all(
     shape: tuple[int, ...],
     first_index: int = 0,
     weak: PyTree = None,
+    stem: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws `config.sample.num` samples, numbered from `first_index` on.
+
+    The picture STEM.png, if asked for, is written as soon as there are enough samples for it.
 
     Returns:
       The samples that this process has a share in, all if it is alone, and their numbers.
@@ -167,6 +170,9 @@ def draw_all(
             rows, numbers = sharding.own_rows(draw(params, first_index + done, weak=weak))
             wanted = numbers + done < options.num
             drawn.append((rows[wanted], first_index + done + numbers[wanted]))
+            if stem and sum(len(rows) for rows, _ in drawn) >= report.SHOWN:
+                report.save_picture(stem, np.concatenate([rows for rows, _ in drawn]))
+                stem = None  # it does not change any more
             bar.update(min(options.batch_size, options.num - done))
     samples, numbers = zip(*drawn, strict=True)
     return np.concatenate(samples), np.concatenate(numbers)
@@ -243,7 +249,7 @@ def main() -> None:
     if FLAGS.where or FLAGS.visits is not None:
         raise ValueError("--where and --visits are for models of tables")
     weak = trained.load_weak(config, workdir, ema=FLAGS.ema)
-    samples, numbers = draw_all(config, params, shape, FLAGS.first_index, weak)
+    samples, numbers = draw_all(config, params, shape, FLAGS.first_index, weak, out / "samples")
     options = {**config.sample.to_dict(), "step": step, "ema": FLAGS.ema}
     labels = drawing.make_labels(config, FLAGS.first_index, config.sample.num)
     labels = labels if labels is None else np.asarray(labels)[numbers - FLAGS.first_index]

@@ -42,8 +42,8 @@ ALLOWED = {
     "evaluation": {"evaluation"},
     "viz": {"viz"},
 }  # fmt: skip
-# What the mathematics imports within functions, as optional extras.
-OPTIONAL = {"solvers/_ode.py": {"diffrax"}}
+# What the mathematics imports within functions: an optional extra, and what is slow to import.
+WITHIN = {"solvers/_ode.py": {"diffrax"}, "grids/by_time.py": {"scipy"}}
 MATHEMATICS = set(ALLOWED) - {"models", "interop", "training", "data", "evaluation", "viz"}
 OUTSIDE = {"jax", "numpy", "chex"}
 
@@ -74,7 +74,7 @@ def test_imports_flow_one_way(path):
     assert not [module for module in names if "._src" in module]
     if name in MATHEMATICS:
         roots = {module.split(".")[0] for module in names}
-        allowed = OUTSIDE | OPTIONAL.get(str(path.relative_to(PACKAGE)), set())
+        allowed = OUTSIDE | WITHIN.get(str(path.relative_to(PACKAGE)), set())
         assert roots - {"jaxdiff"} <= allowed | set(sys.stdlib_module_names)
 
 

@@ -19,6 +19,7 @@ from experiments import build, distill, drawing, runs, sample, train, trained
 from experiments.config import default
 from experiments.configs import digits
 from jaxdiff.training import checkpoints
+from tests import small_runs
 
 ROOT = Path(__file__).parents[2]
 UPDATES = 60
@@ -26,6 +27,13 @@ OPTIONS = {
     "step": None, "teacher_steps": 4, "student_steps": 1, "updates": UPDATES, "batch_size": 16,
     "learning_rate": 3e-3, "ema_decay": 0.9, "weighting": "truncated_snr",
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_network_that_compiles_at_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "make_model", small_runs.make_model)
+        yield
 
 
 def tiny():

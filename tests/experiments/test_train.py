@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("grain")
 pytest.importorskip("ml_collections")
 
-from experiments import build, drawing, runs, sample, train, trained
+from experiments import build, drawing, report, runs, sample, train, trained
 from experiments.config import default
 from experiments.configs import (
     cifar10,
@@ -25,17 +25,9 @@ from experiments.configs import (
     mnist,
 )
 from jaxdiff.training import checkpoints
+from tests import small_runs
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def data_dir(tmp_path_factory):
-    """Data sets and compiled programs of this module alone."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    yield
-    patch.undo()
 
 
 def tiny(**changes):
@@ -60,6 +52,21 @@ def tiny(**changes):
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     train.train(tiny(), workdir)
+    return workdir
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A network that compiles at once, where it is not what is tested."""
+    monkeypatch.setattr(build, "make_model", small_runs.make_model)
+
+
+@pytest.fixture(scope="module")
+def small_finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "make_model", small_runs.make_model)
+        train.train(tiny(), workdir)
     return workdir
 
 
@@ -111,8 +118,15 @@ class KilledError(Exception):
     """Stands for the death of a process between two steps."""
 
 
-@pytest.mark.parametrize("die_at", [1, 2, 5])
-def test_an_interrupted_run_ends_with_the_same_parameters(finished, tmp_path, monkeypatch, die_at):
+@pytest.mark.parametrize(
+    ("run", "die_at"), [("small_finished", 1), ("small_finished", 2), ("finished", 5)]
+)
+def test_an_interrupted_run_ends_with_the_same_parameters(
+    request, tmp_path, monkeypatch, run, die_at
+):
+    uninterrupted = request.getfixturevalue(run)
+    if run == "small_finished":
+        request.getfixturevalue("small")
     real = build.make_batches
 
     class Dying:
@@ -133,23 +147,23 @@ def test_an_interrupted_run_ends_with_the_same_parameters(finished, tmp_path, mo
         train.train(tiny(), tmp_path)
     monkeypatch.setattr(build, "make_batches", real)
     train.train(tiny(), tmp_path)
-    assert sha256(tmp_path) == sha256(finished)
+    assert sha256(tmp_path) == sha256(uninterrupted)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]  # nothing twice
 
 
-def test_a_finished_run_is_finished_again(finished, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+def test_a_finished_run_is_finished_again(small_finished, small, tmp_path, capsys):
+    shutil.copytree(small_finished, tmp_path, dirs_exist_ok=True)
     (tmp_path / "samples.png").unlink()
     train.train(tiny(), tmp_path)
-    assert (tmp_path / "samples.png").read_bytes() == (finished / "samples.png").read_bytes()
-    assert sha256(tmp_path) == sha256(finished)
-    assert f"sha256 of the parameters: {sha256(finished)}" in capsys.readouterr().out
+    assert (tmp_path / "samples.png").read_bytes() == (small_finished / "samples.png").read_bytes()
+    assert sha256(tmp_path) == sha256(small_finished)
+    assert f"sha256 of the parameters: {sha256(tmp_path)}" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore")  # of what Orbax leaves behind when it fails
-def test_another_configuration_is_refused_unless_told(finished, tmp_path):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+def test_another_configuration_is_refused_unless_told(small_finished, small, tmp_path):
+    shutil.copytree(small_finished, tmp_path, dirs_exist_ok=True)
     other = tiny(train={"num_steps": 8})
 
     def files():
@@ -159,7 +173,7 @@ def test_another_configuration_is_refused_unless_told(finished, tmp_path):
     with pytest.raises(runs.RunError, match=r"(?s)train\.num_steps: 6 there, 8 here.*--workdir"):
         train.train(other, tmp_path)
     assert files() == before
-    wider = tiny(model={"channels": 16})  # does not fit the checkpoint, told or not
+    wider = tiny(vlb_weight=1e-3)  # twice the output: does not fit the checkpoint, told or not
     with pytest.raises(checkpoints.CheckpointError, match="of another model"):
         train.train(wider, tmp_path, allow_config_change=True)
     assert files() == before
@@ -170,13 +184,15 @@ def test_another_configuration_is_refused_unless_told(finished, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # of what Orbax leaves behind when it fails
-def test_a_truncated_checkpoint_is_moved_aside_and_the_one_before_taken(finished, tmp_path):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+def test_a_truncated_checkpoint_is_moved_aside_and_the_one_before_taken(
+    small_finished, small, tmp_path
+):
+    shutil.copytree(small_finished, tmp_path, dirs_exist_ok=True)
     (file,) = (tmp_path / "checkpoints/6/state/d").iterdir()
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.warns(checkpoints.CheckpointWarning, match=r"going back to step 4"):
         train.train(tiny(), tmp_path)
-    assert sha256(tmp_path) == sha256(finished)
+    assert sha256(tmp_path) == sha256(small_finished)
     assert (tmp_path / "checkpoints/6.damaged").is_dir()
 
 
@@ -283,6 +299,23 @@ def test_samples_are_the_same_in_any_batches_and_from_any_index(finished):
     np.testing.assert_allclose(some, whole[9:16], atol=1e-5)
 
 
+def test_the_picture_is_there_before_the_last_samples_are(
+    small_finished, small, tmp_path, monkeypatch
+):
+    config, params, shape, _ = trained.load(small_finished, None, ema=True)
+    written, real = [], report.save_picture
+    monkeypatch.setattr(report, "save_picture", lambda *args: [written.append(args), real(*args)])
+    for shown, full in ((10, [16]), (21, [])):
+        monkeypatch.setattr(report, "SHOWN", shown)
+        samples, _ = sample.draw_all(config, params, shape, stem=tmp_path / "early")
+        assert [len(some) for _, some in written] == full
+        if full:
+            real(tmp_path / "late", samples)
+            early, late = ((tmp_path / name).read_bytes() for name in ("early.png", "late.png"))
+            assert early == late
+        written.clear()
+
+
 def test_the_reverse_process_is_animated(finished, tmp_path):
     config, params, shape, _ = trained.load(finished, None, ema=False)
     sample.save_gif(tmp_path / "a.gif", config, params, shape, 0)
@@ -317,7 +350,7 @@ class Broken:
         return getattr(self.batches, name)
 
 
-def test_batches_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
+def test_batches_that_are_not_finite_are_skipped(small, tmp_path, monkeypatch):
     make = build.make_batches
     monkeypatch.setattr(
         build, "make_batches", lambda *args, **kwargs: Broken(make(*args, **kwargs), {2, 3, 5})
@@ -331,7 +364,7 @@ def test_batches_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
     assert all(np.isfinite(line["loss"]) for line in lines)
 
 
-def test_many_in_a_row_end_the_run_and_lose_nothing(tmp_path, monkeypatch):
+def test_many_in_a_row_end_the_run_and_lose_nothing(small, tmp_path, monkeypatch):
     make = build.make_batches
     monkeypatch.setattr(
         build, "make_batches", lambda *args, **kwargs: Broken(make(*args, **kwargs), {2, 3, 4, 5})
@@ -345,7 +378,7 @@ def test_many_in_a_row_end_the_run_and_lose_nothing(tmp_path, monkeypatch):
     assert (int(state.step), int(state.skipped.total)) == (6, 1)
 
 
-def test_a_run_from_before_batches_were_skipped_is_read(tmp_path):
+def test_a_run_from_before_batches_were_skipped_is_read(small, tmp_path):
     config = tiny()
     config.train.max_skipped = 0
     train.train(config, tmp_path / "run")
