@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments import runtime
 from experiments.build import (
     call,
     choose,
@@ -228,5 +229,7 @@ def make_draw(
         )
 
     return jax.jit(
-        draw, out_shardings=sharding.rows(mesh) if divides else sharding.everywhere(mesh)
+        draw,
+        out_shardings=sharding.rows(mesh) if divides else sharding.everywhere(mesh),
+        compiler_options=runtime.compiler_options(),
     )

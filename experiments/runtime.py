@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from experiments.runs import RunError
 from jaxdiff.training.checkpoints import CheckpointError
 
-M_ARENA_MAX = -8  # of glibc's malloc.h
+M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -8, -3, -1  # of glibc's malloc.h
 PREEMPTED = 75
 """The exit status of a run that was told to stop, and has saved: `EX_TEMPFAIL`, try again."""
 # What a user can mend; anything else is a defect and keeps its traceback.
@@ -35,9 +35,13 @@ def start() -> None:
     if devices := cpu_devices():
         jax.config.update("jax_num_cpu_devices", devices)
     logging.set_verbosity(logging.ERROR)  # not what JAX, Orbax and TFDS remark on the way
-    # Eight heaps a core, as glibc has it, each with gaps of its own, would grow for a long time.
     with contextlib.suppress(AttributeError, OSError):  # other C libraries
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, os.cpu_count() or 1)
+        libc = ctypes.CDLL(None)
+        # Eight heaps a core, as glibc has it, each with its own gaps, would grow for a long time.
+        libc.mallopt(M_ARENA_MAX, os.cpu_count() or 1)
+        # A step's memory is that of the last one, and not asked of the system page by page again.
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         with contextlib.suppress(OSError):
             cache_folder().mkdir(parents=True, exist_ok=True)
@@ -198,11 +202,14 @@ def _in_a_cluster() -> bool:
 
 
 def compiler_options() -> dict[str, str] | None:
-    """Returns options that make the train step faster on this backend."""
-    if jax.default_backend() == "cpu" and jaxlib.__version__.startswith("0.10."):
-        # Convolutions by Eigen, which is faster here than YNNPACK.
-        return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-    return None
+    """Returns options that make networks faster on this backend (`experiments/benchmarks.md`)."""
+    if jax.default_backend() != "cpu" or not jaxlib.__version__.startswith("0.10."):
+        return None
+    # Convolutions by Eigen, which is faster than YNNPACK; and products of matrices, unless each
+    # device has one core.
+    kinds = ["REDUCE"] if jax.local_device_count() == 1 else ["REDUCE", "INDIVIDUAL_DOT"]
+    names = ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kinds)
+    return {"xla_cpu_experimental_ynn_fusion_type": names}
 
 
 def command(

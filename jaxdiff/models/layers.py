@@ -22,6 +22,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxdiff.models._checks import check
+from jaxdiff.models.winograd import convolve
 
 Array = jax.Array
 
@@ -218,7 +219,12 @@ def convolution(
     kwargs.setdefault("kernel_init", KERNEL_INIT)
     padding = (1, 1) if stride == 1 else (padding_before, 1)
     return nn.Conv(
-        features, (3,) * axes, strides=(stride,) * axes, padding=[padding] * axes, **kwargs
+        features,
+        (3,) * axes,
+        strides=(stride,) * axes,
+        padding=[padding] * axes,
+        conv_general_dilated=convolve,
+        **kwargs,
     )
 
 

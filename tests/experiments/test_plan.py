@@ -231,9 +231,10 @@ def test_the_real_programs_are_measured(monkeypatch):
     one = 3 * 2 * 8 * 64 * 9 * 32 * 32
     assert 5 * one < stage["train"]["flops"] < 14 * one
     assert stage["train"]["between_devices"] > 4 * count / 2  # gradients and gathered parameters
-    # 8 samples in 4 steps on 4 devices: a third of the arithmetic of an image of training.
+    # 8 samples in 4 steps on 4 devices: a third of the arithmetic of an image of training, and less
+    # where convolutions have fewer products, of which derivatives have all.
     ratio = found["sample"]["flops"] / stage["train"]["flops"]
-    assert ratio == pytest.approx(2 * 4 / (3 * 8), rel=0.15)
+    assert 0.5 < ratio / (2 * 4 / (3 * 8)) < 1.15
 
 
 # What follows.
