@@ -30,7 +30,6 @@ from ml_collections import config_flags
 
 from experiments import (
     build,
-    estimate,
     figures,
     fresh,
     kernels,
@@ -48,6 +47,7 @@ from experiments.sizes import Size
 FLAGS = flags.FLAGS
 # The flags that only some of the subcommands take.
 ONLY = {
+    "warmup": ("train", "sample", "data", "peers"),
     "steps": ("sample", "peers"),
     "train_steps": ("train",),
     "kernels": ("train", "sample", "peers"),
@@ -122,7 +122,7 @@ def chosen_sizes(command: str) -> list[Size]:
 
 def train() -> None:
     """Times train steps, and the loop around them."""
-    rows, found = [], {}
+    found = {}
     for size in chosen_sizes("train"):
         name = size.config.name
         with figures.progress(f"train {name}", repeats() + max(1, FLAGS.warmup)) as bar:
@@ -135,29 +135,25 @@ def train() -> None:
                 size, step, count, repeats=repeats(), warmup=FLAGS.warmup, tell=bar.update
             )
         each = timing.summary([taken / count for taken in times["steps"]])
-        ratio = timing.ratio(times["steps"], times["loop"])
-        told = figures.of(size, step, each["median"])
         found[name] = {
             "run": figures.described(size),
             "steps_in_a_part": count,
             "step": each,
             "loop": timing.summary([taken / count for taken in times["loop"]]),
-            "speed_of_the_loop": ratio,
+            "speed_of_the_loop": timing.ratio(times["steps"], times["loop"]),
             "data": "grain" if training_speed.has_grain() else "one batch (no grain here)",
             "device_memory_peak": peak,
-            **told,
+            **figures.of(size, step, each["median"]),
+            "kernels": kernel_shares(name, step, each["median"]),
         }
-        row = [name, step.batch_size, figures.milliseconds(each), figures.spread(ratio)]
-        rows.append([*row, *figures.in_words(told, peak)])
-        found[name]["kernels"] = kernel_shares(name, step, each["median"])
         keep("train", found)
-    figures.show(["size", "batch", "step, ms", "loop, speed of its steps", *figures.HEADS], rows)
+    figures.show_training(found)
     figures.show_kernels("train", found)
 
 
 def sample() -> None:
     """Times the sampler, and the calls of the network that it makes."""
-    rows, found = [], {}
+    found = {}
     for size in chosen_sizes("sample"):
         name, steps = size.config.name, size.config.sample.steps
         with figures.progress(f"sample {name}", 2 * (repeats() + FLAGS.warmup)) as bar:
@@ -176,25 +172,19 @@ def sample() -> None:
                 warmup=FLAGS.warmup,
                 tell=bar.update,
             )
-        each, ratio = timing.summary(times["sample"]), timing.ratio(times["sample"], times["calls"])
-        peak = runtime.memory().get("device_memory_peak")
-        told = figures.of(size, draw, each["median"])
+        each = timing.summary(times["sample"])
         found[name] = {
             "run": figures.described(size),
             "steps": steps,
             "sample": each,
             "network_calls": timing.summary(times["calls"]),
-            "ratio": ratio,
-            "device_memory_peak": peak,
-            **told,
+            "ratio": timing.ratio(times["sample"], times["calls"]),
+            "device_memory_peak": runtime.memory().get("device_memory_peak"),
+            **figures.of(size, draw, each["median"]),
+            "kernels": kernel_shares(name, draw, each["median"]),
         }
-        row = [name, draw.batch_size, steps, figures.milliseconds(each), figures.spread(ratio)]
-        rows.append([*row, *figures.in_words(told, peak)])
-        found[name]["kernels"] = kernel_shares(name, draw, each["median"])
         keep("sample", found)
-    figures.show(
-        ["size", "batch", "steps", "sample, ms", "over network calls", *figures.HEADS], rows
-    )
+    figures.show_sampling(found)
     figures.show_kernels("sample", found)
 
 
@@ -203,59 +193,50 @@ def data() -> None:
     if not training_speed.has_grain():
         print('Grain is not installed here (pip install "jaxdiff[data]"): there is no pipeline')
         return
-    rows, found = [], {}
+    found = {}
     for size in chosen_sizes("data"):
-        name, batch_size = size.config.name, size.config.train.batch_size
+        name = size.config.name
         with figures.progress(f"data {name}", 3 * (repeats() + FLAGS.warmup)) as bar:
             step = programs.train(size)
-            runs_of = training_speed.data_sides(size) | {
-                "train": lambda times, step=step: timing.seconds(step.call, times)
-            }
+            sides = training_speed.data_sides(size)
+            both = sides | {"train": lambda times, step=step: timing.seconds(step.call, times)}
             times = timing.interleaved(
-                {side: timing.calibrated(run, 0.5) for side, run in runs_of.items()},
+                {side: timing.calibrated(run, 0.5) for side, run in both.items()},
                 repeats=repeats(),
                 warmup=FLAGS.warmup,
                 tell=bar.update,
             )
-        found[name] = {"run": figures.described(size)} | {
-            k: timing.summary(v) for k, v in times.items()
+        found[name] = {
+            "run": figures.described(size),
+            "batch_size": step.batch_size,
+            **{side: timing.summary(each) for side, each in times.items()},
+            **{f"{side}_ratio": timing.ratio(times["train"], times[side]) for side in sides},
         }
-        speeds = [f"{batch_size / found[name][side]['median']:,.4g}" for side in runs_of]
-        ratios = [timing.ratio(times["train"], times[side]) for side in ("grain", "resident")]
-        rows.append([name, batch_size, *speeds, *map(figures.spread, ratios)])
         keep("data", found)
-    heads = [f"{side}, images/s" for side in ("grain", "resident", "train step")]
-    figures.show(["size", "batch", *heads, "grain / train", "resident / train"], rows)
+    figures.show_data(found)
 
 
 def compilation() -> None:
     """Times compilation, in fresh processes with a cache of their own, and imports."""
-    rows, found = [], {}
+    found = {}
     for size in chosen_sizes("compile"):
         name = size.config.name
         found[name] = {"run": figures.described(size), "programs": {}}
         for what, steps in (("train", None), ("sample", 10), ("sample", 1000)):
             label = f"{what}, {steps} steps" if steps else what
             with figures.progress(f"compile {name}, {label}", 2 * repeats(few=1)) as bar:
-                told = fresh.compile_times(
+                found[name]["programs"][label] = fresh.compile_times(
                     programs.with_changes(size, {"sample": {"steps": steps}} if steps else {}),
                     what,
                     cpu_devices=runtime.cpu_devices(),
                     repeats=repeats(few=1),
                     tell=bar.update,
                 )
-            found[name]["programs"][label] = told
-            seconds = [f"{told[kind]['median']:.2f}" for kind in ("cold", "warm")]
-            needs = estimate.in_bytes(told["memory"]["temporaries"])
-            rows.append([name, label, *seconds, f"{told['lower_s']:.2f}", told["lines"], needs])
         keep("compile", found)
     with figures.progress("imports", 2 * (repeats() + 1)) as bar:
         found["imports"] = fresh.import_times(repeats(), bar.update)
     keep("compile", found)
-    heads = ["cold, s", "cached, s", "of it to lower, s", "lines", "temporaries"]
-    figures.show(["size", "program", *heads], rows)
-    alone, both, more = (each["median"] for each in found["imports"].values())
-    print(f"import jax: {alone:.3f} s; import jax, jaxdiff: {both:.3f} s, {more:.3f} s more")
+    figures.show_compilation(found)
 
 
 def repeats(few: int = 7) -> int:
@@ -272,7 +253,6 @@ def compare() -> None:
     for program in FLAGS.programs:
         programs.check_name(program)
     found: dict[str, Any] = {}
-    rows, failures = [], []
     with peers.Worker(FLAGS.python) as worker:
         for size in chosen_sizes("peers"):
             name = size.config.name
@@ -298,9 +278,7 @@ def compare() -> None:
                         pause=peers.PAUSE,
                         tell=bar.update,
                     )
-                rows.append([what, name, *figures.peer_row(result)])
-                figures.say(" ".join(rows[-1]))
-                failures += figures.failures(f"{what} {name}", result["sides"])
+                figures.say(" ".join([what, name, *figures.peer_row(result)]))
                 ours = result["sides"]["jaxdiff"].get("median")
                 if ours:
                     result |= figures.of(size, program, ours)
@@ -308,34 +286,23 @@ def compare() -> None:
                 found[name]["programs"][what] = result
                 keep("peers", found)
                 del program
-    names = ("jaxdiff", *FLAGS.sides)
-    figures.show(["program", "size", *(f"{side}, ms" for side in names), "best / jaxdiff"], rows)
-    for line in failures:
-        print(line)
+    figures.show_peers(found)
     for name, values in found.items():
         figures.show_kernels(name, {what: {"kernels": v} for what, v in values["kernels"].items()})
     if FLAGS.memory:
         compare_memory(found)
-    keep("peers", found)
 
 
 def compare_memory(found: dict[str, Any]) -> None:
     """Measures the memory of train steps, in a fresh process each, and adds it to what is found."""
-    rows, failures, names = [], [], ("jaxdiff", "jaxdiff, remat", *FLAGS.sides)
     for size in chosen_sizes("peers"):
         name = size.config.name
-        with figures.progress(f"memory {name}", len(names)) as bar:
-            told = peers.memory(
+        with figures.progress(f"memory {name}", 2 + len(FLAGS.sides)) as bar:
+            found[name]["memory"] = peers.memory(
                 FLAGS.python, size, FLAGS.sides, cpu_devices=runtime.cpu_devices(), tell=bar.update
             )
-        found[name]["memory"] = told
-        needs = [estimate.in_bytes(v["bytes"]) if "bytes" in v else "failed" for v in told.values()]
-        rows.append([name, *needs])
-        failures += figures.failures(f"memory {name}", told)
-    print("\npeak memory of train steps, above that of a process that has done nothing")
-    figures.show(["size", *names], rows)
-    for line in failures:
-        print(line)
+        keep("peers", found)
+    figures.show_memory(found)
 
 
 def kernel_shares(name: str, program: programs.Program, whole: float) -> dict[str, Any] | None:

@@ -24,9 +24,11 @@ def peer_row(result: Mapping[str, Any]) -> list[str]:
     return [*times, ahead]
 
 
-def failures(what: str, sides: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Returns a line for each side that failed."""
-    return [f"{what}, {side}: {v['error']}" for side, v in sides.items() if "error" in v]
+def show_failures(what: str, sides: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints a line for each side that failed."""
+    for side, told in sides.items():
+        if "error" in told:
+            print(f"{what}, {side}: {told['error']}")
 
 
 HEADS = ("images/s", "FLOP/s", "of the peak", "memory")
@@ -39,6 +41,7 @@ def of(size: Size, program: programs.Program, seconds: float) -> dict[str, Any]:
     peak = chip and (chip.float32 if size.config.model.dtype == "float32" else chip.bfloat16)
     speed = program.flops / seconds
     return {
+        "batch_size": program.batch_size,
         "images_per_second": program.batch_size / seconds,
         "flops": program.flops,
         "flops_per_second": speed,
@@ -47,9 +50,10 @@ def of(size: Size, program: programs.Program, seconds: float) -> dict[str, Any]:
     }
 
 
-def in_words(figures: Mapping[str, Any], peak: int | None) -> list[str]:
+def in_words(figures: Mapping[str, Any]) -> list[str]:
     """Returns the same for a table, under `HEADS`."""
     share, needs = figures["share_of_peak"], sum(figures["memory"].values())
+    peak = figures["device_memory_peak"]
     memory = f"{estimate.in_bytes(peak)} at most" if peak else estimate.in_bytes(needs)
     return [
         f"{figures['images_per_second']:,.4g}",
@@ -77,6 +81,94 @@ def show(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     for line in lines:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         print("  ".join(cells).rstrip(), flush=True)
+
+
+def show_training(found: Mapping[str, Any]) -> None:
+    """Prints the table of `benchmark train`."""
+    rows = [
+        [
+            name,
+            v["batch_size"],
+            milliseconds(v["step"]),
+            spread(v["speed_of_the_loop"]),
+            *in_words(v),
+        ]
+        for name, v in found.items()
+    ]
+    show(["size", "batch", "step, ms", "loop, speed of its steps", *HEADS], rows)
+
+
+def show_sampling(found: Mapping[str, Any]) -> None:
+    """Prints the table of `benchmark sample`."""
+    rows = [
+        [
+            name,
+            v["batch_size"],
+            v["steps"],
+            milliseconds(v["sample"]),
+            spread(v["ratio"]),
+            *in_words(v),
+        ]
+        for name, v in found.items()
+    ]
+    show(["size", "batch", "steps", "sample, ms", "over network calls", *HEADS], rows)
+
+
+def show_data(found: Mapping[str, Any]) -> None:
+    """Prints the table of `benchmark data`."""
+    rows = [
+        [name, v["batch_size"]]
+        + [f"{v['batch_size'] / v[s]['median']:,.4g}" for s in ("grain", "resident", "train")]
+        + [spread(v[f"{side}_ratio"]) for side in ("grain", "resident")]
+        for name, v in found.items()
+    ]
+    heads = [f"{side}, images/s" for side in ("grain", "resident", "train step")]
+    show(["size", "batch", *heads, "grain / train", "resident / train"], rows)
+
+
+def show_compilation(found: Mapping[str, Any]) -> None:
+    """Prints the tables of `benchmark compile`."""
+    rows = [
+        [name, label]
+        + [f"{seconds:.2f}" for seconds in (v["cold"]["median"], v["warm"]["median"], v["lower_s"])]
+        + [v["lines"], estimate.in_bytes(v["memory"]["temporaries"])]
+        for name, values in found.items()
+        for label, v in values.get("programs", {}).items()
+    ]
+    heads = ["cold, s", "cached, s", "of it to lower, s", "lines", "temporaries"]
+    show(["size", "program", *heads], rows)
+    alone, both, more = (each["median"] for each in found["imports"].values())
+    print(f"import jax: {alone:.3f} s; import jax, jaxdiff: {both:.3f} s, {more:.3f} s more")
+
+
+def show_peers(found: Mapping[str, Any]) -> None:
+    """Prints the table of `benchmark peers`, and what failed."""
+    results = {
+        (what, name): result
+        for name, values in found.items()
+        for what, result in values["programs"].items()
+    }
+    rows = [[*of_what, *peer_row(result)] for of_what, result in results.items()]
+    sides = next(iter(results.values()))["sides"]
+    show(["program", "size", *(f"{side}, ms" for side in sides), "best / jaxdiff"], rows)
+    for (what, name), result in results.items():
+        show_failures(f"{what} {name}", result["sides"])
+
+
+def show_memory(found: Mapping[str, Any]) -> None:
+    """Prints the table of `benchmark peers --memory`, and what failed."""
+    results = {name: values["memory"] for name, values in found.items()}
+    rows = [
+        [
+            name,
+            *(estimate.in_bytes(v["bytes"]) if "bytes" in v else "failed" for v in told.values()),
+        ]
+        for name, told in results.items()
+    ]
+    print("\npeak memory of train steps, above that of a process that has done nothing")
+    show(["size", *next(iter(results.values()))], rows)
+    for name, told in results.items():
+        show_failures(f"memory {name}", told)
 
 
 def show_kernels(title: str, found: Mapping[str, Any]) -> None:
