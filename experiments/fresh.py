@@ -83,8 +83,9 @@ def peak_memory(size: Size, *, cpu_devices: int | None) -> dict[str, Any]:
     """Returns the most memory that train steps take, above what a process has after imports.
 
     Of a GPU or TPU that is its allocator's count. Of a CPU it is resident memory, of steps after
-    the first two: what the compiler took is gone then.
+    the first two, of a program from the cache: the compiler leaves some of its own behind.
     """
+    ask("compile", size, "train", cpu_devices=cpu_devices)
     return ask("memory", size, "train", cpu_devices=cpu_devices)
 
 
