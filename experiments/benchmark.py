@@ -218,6 +218,8 @@ def data() -> None:
 
 def compilation() -> None:
     """Times compilation, in fresh processes with a cache of their own, and imports."""
+    # This process leaves a GPU's memory to those.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     found = {}
     for size in chosen_sizes("compile"):
         name = size.config.name
