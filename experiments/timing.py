@@ -49,7 +49,10 @@ def calibrated(run: Callable[[int], float], at_least: float) -> Callable[[], flo
         nonlocal times
         if not times:
             run(1)  # compiles
-            times = max(1, math.ceil(at_least / run(1)))
+            taken = run(1)
+            times = max(1, math.ceil(at_least / taken))
+            if times == 1:
+                return taken
         return run(times)
 
     return side

@@ -107,7 +107,7 @@ def test_fast_calls_are_timed_several_at_once():
     assert calls == [1, 1, 25, 25]
     calls.clear()
     assert timing.calibrated(run, at_least=0.001)() == 0.01
-    assert calls == [1, 1, 1]
+    assert calls == [1, 1]  # the second is long enough to be the measurement
 
 
 def test_seconds_are_of_one_call(monkeypatch):
