@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +42,7 @@ def find(jaxpr: Any) -> list[Kernel]:
     """Returns the distinct kernels of a jaxpr and of all that it calls.
 
     What stands in a scan counts as often as that goes around; in another loop once; and all
-    branches of a condition count.
+    branches of a condition count, but of those for several platforms only this one's.
     """
     found: dict[Any, Kernel] = {}
     for equation, times in _walk(getattr(jaxpr, "jaxpr", jaxpr), 1):
@@ -55,16 +55,30 @@ def find(jaxpr: Any) -> list[Kernel]:
 
 
 def _walk(jaxpr: Jaxpr, times: int) -> Iterator[tuple[Any, int]]:
+    chosen = {}
     for equation in jaxpr.eqns:
         name = equation.primitive.name
+        if name == "platform_index":
+            chosen[equation.outvars[0]] = _branch(equation.params["platforms"])
         if name in ("conv_general_dilated", "dot_general"):
             yield equation, times
         rounds = equation.params["length"] if name == "scan" else 1
-        for value in equation.params.values():
+        parts = equation.params
+        if name == "cond" and equation.invars[0] in chosen:
+            parts = {"branch": parts["branches"][chosen[equation.invars[0]]]}
+        for value in parts.values():
             for part in value if isinstance(value, (tuple, list)) else (value,):
                 inner = part.jaxpr if isinstance(part, ClosedJaxpr) else part
                 if isinstance(inner, Jaxpr):
                     yield from _walk(inner, times * rounds)
+
+
+def _branch(platforms: Sequence[tuple[str, ...] | None]) -> int:
+    """Returns which branch is for the present platform; None stands for all others."""
+    platform = jax.devices()[0].platform
+    names = {"gpu": ("gpu", "cuda", "rocm")}.get(platform, (platform,))
+    fits = (branch is None or any(name in branch for name in names) for branch in platforms)
+    return list(fits).index(True)
 
 
 def _measure(equation: Any) -> tuple[str, int]:

@@ -235,6 +235,21 @@ def test_kernels_of_a_small_network_are_counted_exactly():
     assert (product.kind, product.count, product.flops) == ("matrix product", 1, 2 * 8 * 5 * 7)
 
 
+def test_of_what_platforms_do_differently_only_this_ones_counts():
+    def product(x, y):
+        by_platform = {"cpu": lambda x, y: x @ y @ y, "tpu": lambda x, y: x @ y, "default": jnp.dot}
+        return lax.platform_dependent(x, y, **by_platform)
+
+    (found,) = found_in(product, (3, 4), (4, 4))
+    assert found.count == 2
+
+    def without_this_one(x, y):
+        return lax.platform_dependent(x, y, tpu=lambda x, y: x @ y @ y, default=jnp.dot)
+
+    (found,) = found_in(without_this_one, (3, 4), (4, 4))
+    assert found.count == 1
+
+
 def test_gradients_are_told_apart():
     def loss(x, w):
         return jnp.sum(jnp.square(conv(x, w)))
