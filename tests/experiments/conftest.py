@@ -1,4 +1,6 @@
-"""Small runs write many reports, and plots took most of their time: each kind is drawn once."""
+"""What commands leave behind is undone; plots, which took most of small runs' time, are few."""
+
+import os
 
 import jax
 import pytest
@@ -28,3 +30,12 @@ def _each_kind_of_plot_is_drawn_once():
         for name in ("lines_svg", "comparison_svg"):
             patch.setattr(reports, name, once(getattr(reports, name)))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _the_environment_stays():
+    """Commands set what the processes that they start are to read."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
