@@ -45,15 +45,25 @@ def convolve(
       kernel: `(*widths, C, features)`.
       strides: of each axis.
       padding: of each axis, before and after.
-      **options: of `lax.conv_general_dilated`. Whoever asks for a precision, here or by
+      **options: of `lax.conv_general_dilated`; the faster way is open where they ask for nothing
+        but `dimension_numbers` of channels last. Whoever asks for a precision, here or by
         `jax.default_matmul_precision`, gets plain products.
     """
-    asked = options.get("precision"), jax.config.jax_default_matmul_precision
-    plain = asked == (None, None) and options.get("feature_group_count", 1) == 1
     same = tuple(strides) == (1, 1) and [tuple(pad) for pad in padding] == [(1, 1), (1, 1)]
-    if plain and same and _pays(x, kernel):
+    if same and _is_plain(x, kernel, **options) and _pays(x, kernel):
         return _winograd_on_cpu(x, kernel)
     return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+
+def _is_plain(x: Array, kernel: Array, dimension_numbers: Any = None, **others: Any) -> bool:
+    """Returns whether options of a convolution ask for no more than channels last."""
+    if x.ndim != 4 or kernel.ndim != 4 or jax.config.jax_default_matmul_precision is not None:
+        return False
+    shapes = x.shape, kernel.shape
+    layouts = (lax.conv_dimension_numbers(*shapes, each) for each in (dimension_numbers, _LAYOUT))
+    # None, or what is the same: one group, and a dilation of 1 along each axis.
+    asks = any(value not in (None, 1, (1, 1), [1, 1]) for value in others.values())
+    return len(set(layouts)) == 1 and not asks
 
 
 def _pays(x: Array, kernel: Array) -> bool:

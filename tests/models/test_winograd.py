@@ -82,6 +82,15 @@ def test_has_fewer_products_on_a_cpu():
         pytest.param(X, KERNEL, {"padding": [(0, 1), (0, 1)]}, id="padding"),
         pytest.param(X, KERNEL, {"precision": jax.lax.Precision.HIGHEST}, id="precision"),
         pytest.param(X, (3, 3, 8, 40), {"feature_group_count": 4}, id="groups"),
+        pytest.param(X, KERNEL, {"rhs_dilation": (2, 2)}, id="dilation"),
+        pytest.param(X, KERNEL, {"lhs_dilation": (2, 2)}, id="transposed"),
+        pytest.param(X, KERNEL, {"preferred_element_type": jnp.float32}, id="type"),
+        pytest.param(
+            (16, 32, 16, 32),
+            (3, 3, 32, 32),
+            {"dimension_numbers": ("NCHW", "HWIO", "NCHW")},
+            id="channels first",
+        ),
     ],
 )
 def test_other_convolutions_are_left_alone(x, kernel, how):
