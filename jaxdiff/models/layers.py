@@ -70,6 +70,24 @@ def sinusoidal_embedding(
     return jnp.concatenate(parts[::-1] if cosine_first else parts, axis=-1)
 
 
+@jax.custom_jvp
+def silu(x: Array) -> Array:
+    """Returns x / (1 + exp(-x)), in x's type (Elfwing et al. 2018; computed in float32).
+
+    A quotient, not x sigmoid(x): XLA on a CPU keeps the result of what it holds for expensive, but
+    would compute that product anew in whatever reads it, convolutions' transposed copies included.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide / (1 + jnp.exp(-wide))).astype(x.dtype)
+
+
+@silu.defjvp
+def _silu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    y, share = silu(x), jax.nn.sigmoid(x)
+    return y, dx * (share + y * (1 - share))
+
+
 def per_example_dropout(x: Array, rate: float, keys: Array | None, salt: int) -> Array:
     """Drops entries of each example with that example's own key.
 
@@ -228,6 +246,22 @@ def convolution(
     )
 
 
+def dense(features: int, **kwargs: Any) -> nn.Dense:
+    """Returns a product of the last axis with a kernel, plus a bias."""
+    kwargs.setdefault("kernel_init", KERNEL_INIT)
+    return nn.Dense(features, dot_general=_product, **kwargs)
+
+
+def _product(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
+    """Multiplies as `lax.dot_general` does, x `(..., C)` with `(C, features)`.
+
+    As matrices: XLA on a CPU copies arrays of more axes before it multiplies them for the gradient.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
 class ResidualBlock(nn.Module):
     """norm, SiLU, conv, + embedding, norm, SiLU, dropout, conv, and a way around them.
 
@@ -266,17 +300,14 @@ class ResidualBlock(nn.Module):
         the result.
         """
         axes = x.ndim - 2
-        h = nn.silu(self.norm(name="norm_0")(x, mask))
+        h = silu(self.norm(name="norm_0")(x, mask))
         if self.resample is not None:
             h, x, mask = self.resample(h), self.resample(keep(x, mask)), mask_after
             h = keep(h, mask)
         h = convolution(self.features, axes, dtype=self.dtype, name="conv_0")(h)
 
-        told = nn.Dense(
-            self.features * (2 if self.scale_shift else 1),
-            kernel_init=KERNEL_INIT,
-            dtype=self.dtype,
-            name="embedding",
+        told = dense(
+            self.features * (2 if self.scale_shift else 1), dtype=self.dtype, name="embedding"
         )(embedding)
         told = jnp.expand_dims(told, tuple(range(1, 1 + axes)))
         if self.scale_shift:
@@ -286,14 +317,12 @@ class ResidualBlock(nn.Module):
             h = self.norm(name="norm_1")(h + told, mask)
 
         salt = zlib.crc32("/".join(self.path).encode())
-        h = per_example_dropout(nn.silu(h), self.dropout, dropout_keys, salt)
+        h = per_example_dropout(silu(h), self.dropout, dropout_keys, salt)
         h = convolution(
             self.features, axes, kernel_init=ZERO_INIT, dtype=self.dtype, name="conv_1"
         )(h)
         if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, kernel_init=KERNEL_INIT, dtype=self.dtype, name="shortcut")(
-                x
-            )
+            x = dense(self.features, dtype=self.dtype, name="shortcut")(x)
         return x + h
 
 
@@ -353,7 +382,7 @@ class AttentionBlock(nn.Module):
             source = jnp.where(mask[:, :, None], source, 0)  # a weight of 0 would let NaN through
 
         def heads(name: str, y: Array) -> Array:
-            y = nn.Dense(channels, kernel_init=KERNEL_INIT, dtype=self.dtype, name=name)(y)
+            y = dense(channels, dtype=self.dtype, name=name)(y)
             return y.reshape(*y.shape[:2], self.num_heads, channels // self.num_heads)
 
         h = jax.nn.dot_product_attention(
@@ -362,7 +391,7 @@ class AttentionBlock(nn.Module):
             heads("value", source),
             mask=None if mask is None else mask[:, None, None, :],
         )
-        h = nn.Dense(channels, kernel_init=ZERO_INIT, dtype=self.dtype, name="out")(
+        h = dense(channels, kernel_init=ZERO_INIT, dtype=self.dtype, name="out")(
             h.reshape(batch, -1, channels)
         )
         if mask is not None:

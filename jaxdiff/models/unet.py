@@ -32,7 +32,7 @@ from flax import linen as nn
 from jaxdiff.models import layers
 from jaxdiff.models._checks import check, describe
 from jaxdiff.models.conditioning import Condition, read_condition
-from jaxdiff.models.layers import AttentionBlock, GroupNorm, ResidualBlock, convolution
+from jaxdiff.models.layers import AttentionBlock, GroupNorm, ResidualBlock, convolution, silu
 
 Array = jax.Array
 
@@ -159,7 +159,7 @@ class UNet(nn.Module):
             image_channels=self.image_channels,
         )
 
-        embedding = nn.silu(self._embed(jnp.broadcast_to(noise_level, x.shape[:1]), told))
+        embedding = silu(self._embed(jnp.broadcast_to(noise_level, x.shape[:1]), told))
         norm = functools.partial(
             GroupNorm,
             self.num_groups,
@@ -234,7 +234,7 @@ class UNet(nn.Module):
                     h = layers.keep(layers.upsample_nearest(h), masks[level - 1])
                     h = conv(h.shape[-1], name=name)(h)
 
-        h = nn.silu(norm(name="norm_out")(h, masks[0]))
+        h = silu(norm(name="norm_out")(h, masks[0]))
         h = conv(self.out_channels, kernel_init=layers.ZERO_INIT, name="conv_out")(h)
         return layers.keep(h.astype(jnp.float32), masks[0])
 
@@ -248,7 +248,7 @@ class UNet(nn.Module):
             levels, self.channels, self.frequency_shift, self.cosine_first
         )
         embedding = dense(name="embedding_0")(embedding)
-        embedding = dense(name="embedding_1")(nn.silu(embedding))
+        embedding = dense(name="embedding_1")(silu(embedding))
         if told.label is not None:
             table = nn.Embed(
                 self.num_classes,
@@ -262,7 +262,7 @@ class UNet(nn.Module):
             embedding = embedding + jnp.where(known[:, None], table(label), jnp.nan)
         if told.vector is not None:
             vector = dense(name="vector_embedding_0")(told.vector)
-            embedding = embedding + dense(name="vector_embedding_1")(nn.silu(vector))
+            embedding = embedding + dense(name="vector_embedding_1")(silu(vector))
         return embedding
 
     def _check_fields(self) -> None:
