@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from experiments.runs import RunError
 from jaxdiff.training.checkpoints import CheckpointError
 
-M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -8, -3, -1  # of glibc's malloc.h
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
 PREEMPTED = 75
 """The exit status of a run that was told to stop, and has saved: `EX_TEMPFAIL`, try again."""
 # What a user can mend; anything else is a defect and keeps its traceback.
@@ -37,11 +37,12 @@ def start() -> None:
     logging.set_verbosity(logging.ERROR)  # not what JAX, Orbax and TFDS remark on the way
     with contextlib.suppress(AttributeError, OSError):  # other C libraries
         libc = ctypes.CDLL(None)
-        # Eight heaps a core, as glibc has it, each with its own gaps, would grow for a long time.
-        libc.mallopt(M_ARENA_MAX, os.cpu_count() or 1)
         # A step's memory is that of the last one, and not asked of the system page by page again.
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    # That holds for the main thread only: others' heaps take no large pieces. So it is the one
+    # that runs programs on a CPU; it would wait for them before long, anyway.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         with contextlib.suppress(OSError):
             cache_folder().mkdir(parents=True, exist_ok=True)
