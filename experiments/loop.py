@@ -1,7 +1,8 @@
 """The training loop: the host's part, which hands out work, and watches, saves and stops.
 
 The device is never waited for in a step: metrics are fetched where a line of them is written, and
-batches are made and sent while it computes.
+batches are made and sent while it computes. A CPU computes where it is called (`runtime.start`);
+its batches are made by other threads.
 """
 
 from __future__ import annotations
