@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
+from experiments import packing
 from jaxdiff import (
     columns,
     data,
@@ -23,7 +24,7 @@ from jaxdiff import (
     schedules,
     timesteps,
 )
-from jaxdiff.base import Array, LossFn, Network, PyTree, Schedule
+from jaxdiff.base import Array, Batch, LossFn, Network, PyTree, Schedule
 from jaxdiff.models import UNet, sequence_positions
 from jaxdiff.training import TrainState, ema, init_state, make_train_step, sharding
 
@@ -355,14 +356,18 @@ def make_training(
     shape: tuple[int, ...],
     own: columns.Columns | None = None,
     mesh: Mesh | None = None,
+    *,
+    mapped: bool = False,
 ) -> tuple[Callable[[], TrainState], Callable[..., Any]]:
-    """Returns `init() -> state` and the pure train step.
+    """Returns `init() -> state` and the pure train step, which takes packed states, too.
 
     Args:
       config: the configuration.
       shape: of one example.
       own: as of `make_network`.
       mesh: where the step runs, if parameters are divided there (`sharding.fully_sharded`).
+      mapped: whether each device of the mesh computes its share of a batch by itself; parameters
+        must not be divided then.
     """
     model, optimizer, sampler = (
         make_model(config, shape[-1]),
@@ -390,10 +395,19 @@ def make_training(
     def watch(per_example: Array, aux: Mapping[str, Any]) -> Mapping[str, Array]:
         return by_quarter(schedule, aux["t"], aux["loss"])
 
+    loss_of_tree = gathering(make_loss(config, shape, own), mesh)
+
+    def loss_fn(params: PyTree, key: Array, batch: Batch) -> Any:
+        if isinstance(params, jax.Array):
+            like = jax.eval_shape(init).params
+            params = packing.unpack(params, like, like)
+        return loss_of_tree(params, key, batch)
+
     step = make_train_step(
-        gathering(make_loss(config, shape, own), mesh),
+        loss_fn,
         optimizer,
         ema.warmup(config.ema_decay),
+        mesh.axis_names if mapped else None,
         update_history=sampler.update if loss_aware else None,
         skip_nonfinite=skips,
         microbatches=config.train.microbatches,
@@ -401,6 +415,9 @@ def make_training(
         watch=watch,
         key=train_key,
     )
+    if mapped:
+        whole, rows = PartitionSpec(), PartitionSpec(mesh.axis_names)
+        step = jax.shard_map(step, mesh=mesh, in_specs=(whole, rows), out_specs=whole)
     return init, step
 
 

@@ -122,6 +122,7 @@ def run(
     metrics: runs.Metrics,
     *,
     last: int,
+    whole: Callable[[TrainState], TrainState] = lambda state: state,
     preview: Callable[[PyTree, int], None] | None = None,
     snapshot: Callable[[TrainState], None] | None = None,
     profile: Sequence[int] | None = None,
@@ -137,13 +138,14 @@ def run(
       saved: the folder of checkpoints.
       metrics: where lines go.
       last: the stage's last step.
+      whole: makes the state that is saved and shown of the one that `advance` takes.
       preview: writes a picture with the averaged parameters, at a step.
       snapshot: keeps the other averages.
       profile: the steps between which a trace is recorded.
       notice: the notice to stop.
 
     Returns:
-      The state after the last step.
+      The state after the last step, whole.
 
     Raises:
       PreemptedError: notice was given; the state is saved.
@@ -168,7 +170,7 @@ def run(
         runs.check_there(workdir)
         if pending:  # or they would be lost to a run that goes on from here
             metrics.keep(step, fetch(pending)["loss"])
-        checkpoints.save(saved, state, data=batches.get_state(), config=resolved)
+        checkpoints.save(saved, whole(state), data=batches.get_state(), config=resolved)
         runtime.release_memory()  # of the save before, which is done
 
     while step < last:
@@ -202,13 +204,13 @@ def run(
             save()
         if snapshot and step % config.averages.snapshot_every == 0:
             runs.check_there(workdir)
-            snapshot(state)
+            snapshot(whole(state))
         if preview and step % options.sample_every == 0 and step < options.num_steps:
             runs.check_there(workdir)
-            preview(state.ema, step)
+            preview(whole(state).ema, step)
     tracer.stop(state)
     bar.close()
-    return state
+    return whole(state)
 
 
 def fetch(pending: Sequence[Metrics]) -> dict[str, np.ndarray]:

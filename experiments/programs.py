@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import build, drawing, runtime
+from experiments import build, drawing, packing, runtime
 from experiments.sizes import Size
 from jaxdiff.base import Array, PyTree
 from jaxdiff.training import TrainState, sharding
@@ -76,24 +76,29 @@ def train(size: Size) -> Program:
     """Returns a train step; each call goes on from the one before."""
     mesh = mesh_of(size, "train")
     init, step, like = training(size)
-    places = sharding.fully_sharded(mesh, like)
+    pack, _ = packing.for_training(like, mesh)
     jitted = jax.jit(
         step,
         donate_argnums=0,
-        out_shardings=(places, sharding.everywhere(mesh)),
+        out_shardings=(
+            sharding.fully_sharded(mesh, jax.eval_shape(pack, like)),
+            sharding.everywhere(mesh),
+        ),
         compiler_options=runtime.compiler_options(),
     )
-    state = jax.jit(init, out_shardings=places)()
+    state = pack(jax.jit(init, out_shardings=sharding.fully_sharded(mesh, like))())
     batch = sharding.from_rows(host_batch(size), sharding.rows(mesh))
     program = _program(jitted, (state, None, batch), size.config.train.batch_size)
     one = program.call
+    # The compiler counts what each of several devices does by itself once.
+    times = mesh.size if runtime.maps_devices(mesh) else 1
 
     def call() -> Any:
         nonlocal state
         state, metrics = one(state, None, batch)
         return metrics
 
-    return program._replace(call=call)
+    return program._replace(call=call, flops=times * program.flops)
 
 
 def sample(size: Size) -> Program:
@@ -126,7 +131,10 @@ def training(
     size: Size,
 ) -> tuple[Callable[[], TrainState], Callable[..., Any], TrainState]:
     """Returns `init()`, the step `(state, held, batch)` of `loop.compile_step`, and the shapes."""
-    init, step = build.make_training(size.config, size.shape, None, build.make_mesh(size.config))
+    mesh = build.make_mesh(size.config)
+    init, step = build.make_training(
+        size.config, size.shape, None, mesh, mapped=runtime.maps_devices(mesh)
+    )
 
     def step_of_batch(state: TrainState, held: Any, batch: PyTree) -> Any:
         return step(state, batch)

@@ -16,11 +16,14 @@ import jax
 import jaxlib
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from experiments.runs import RunError
+from jaxdiff.base import PyTree
+from jaxdiff.training import sharding
 from jaxdiff.training.checkpoints import CheckpointError
 
-M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
+M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD = -4, -1, -2  # of glibc's malloc.h
 PREEMPTED = 75
 """The exit status of a run that was told to stop, and has saved: `EX_TEMPFAIL`, try again."""
 # What a user can mend; anything else is a defect and keeps its traceback.
@@ -40,6 +43,7 @@ def start() -> None:
         # A step's memory is that of the last one, and not asked of the system page by page again.
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 2**26)
     # That holds for the main thread only: others' heaps take no large pieces. So it is the one
     # that runs programs on a CPU; it would wait for them before long, anyway.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -68,6 +72,24 @@ def scans_are_fast() -> bool:
     network, and other last bits (https://github.com/jax-ml/jax/issues/12868).
     """
     return jax.default_backend() != "cpu"
+
+
+def maps_devices(mesh: Mesh) -> bool:
+    """Returns whether each device is to compute its share of a train step by itself.
+
+    That is `jax.shard_map`, of parameters that are not divided. CPUs are faster so; compilers for
+    accelerators find the same program by themselves.
+    """
+    return jax.default_backend() == "cpu" and mesh.size > 1 and mesh.shape[sharding.FSDP] == 1
+
+
+def packs(mesh: Mesh, params: PyTree) -> bool:
+    """Returns whether a train state is to be packed (`experiments.packing`)."""
+    leaves = jax.tree.leaves(params)
+    plain = mesh.shape[sharding.FSDP] == 1 and len({leaf.dtype for leaf in leaves}) == 1
+    # Larger networks take so long that nothing is won, and a second copy of them is memory.
+    small = len(leaves) > 1 and sum(leaf.size for leaf in leaves) <= 2**22
+    return jax.default_backend() == "cpu" and plain and small
 
 
 class PreemptedError(BaseException):

@@ -36,6 +36,7 @@ from experiments import (
     drawing,
     lock,
     loop,
+    packing,
     pretrained,
     realism,
     report,
@@ -142,8 +143,8 @@ def train(
                     if config.train.sample_every:
                         preview = functools.partial(save_preview, workdir, part.draw)
                     state = loop.run(
-                        part.config, state, part.advance, part.batches, saved, metrics,
-                        last=min(part.last, until or part.last), preview=preview,
+                        part.config, part.pack(state), part.advance, part.batches, saved, metrics,
+                        last=min(part.last, until or part.last), whole=part.unpack, preview=preview,
                         snapshot=snapshot, profile=profile, notice=notice,
                     )  # fmt: skip
                 saved.wait()  # before notice may end the program anywhere
@@ -168,6 +169,8 @@ class Stage:
       shape: that of one example.
       init: makes the state before the first step, `init()`.
       like: the state's shapes and types.
+      pack: makes the state that `advance` takes of it.
+      unpack: the other way round.
       arrays: the data, if they reside on the devices.
       advance: the compiled step.
       batches: the iterator over what it takes.
@@ -179,6 +182,8 @@ class Stage:
     shape: tuple[int, ...]
     init: Callable[[], TrainState]
     like: TrainState
+    pack: Callable[[TrainState], TrainState]
+    unpack: Callable[[TrainState], TrainState]
     arrays: Any
     advance: loop.Advance
     batches: Any
@@ -199,7 +204,7 @@ def make_stage(
     `arrays` are those of another stage, if the data reside on the devices: one copy serves all.
     """
     shape, own = build.example_shape(config, source), cohort.own if cohort else None
-    init, step = build.make_training(config, shape, own, mesh)
+    init, step = build.make_training(config, shape, own, mesh, mapped=runtime.maps_devices(mesh))
     take = None
     if config.data.resident:
         found, batches, take = build.make_resident(config, source, stage=index)
@@ -213,16 +218,17 @@ def make_stage(
         return step(state, batch if told else {"x0": batch["x0"]})
 
     like = jax.eval_shape(init)
+    pack, unpack = packing.for_training(like, mesh)
     advance = loop.compile_step(
         step_of_batch,
-        like,
+        jax.eval_shape(pack, like),
         mesh,
         take=take,
         arrays=arrays,
         at_once=config.train.steps_per_dispatch,
     )
     draw = cohorts.make_draw(config, shape, own) if cohort else drawing.make_draw(config, shape)
-    return Stage(config, last, shape, init, like, arrays, advance, batches, draw)
+    return Stage(config, last, shape, init, like, pack, unpack, arrays, advance, batches, draw)
 
 
 def one_by_one(make: Callable[..., Any], *args: Any) -> Any:

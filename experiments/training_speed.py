@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import build, loop, programs, runs, timing
+from experiments import build, loop, packing, programs, runs, timing
 from experiments.sizes import Size
 from jaxdiff import data
 from jaxdiff.base import PyTree
@@ -98,7 +98,8 @@ def loop_and_steps(
     )
     config, mesh = size.config, build.make_mesh(size.config)
     init, step_of_batch, like = programs.training(size)
-    advance = loop.compile_step(step_of_batch, like, mesh)
+    pack, unpack = packing.for_training(like, mesh)
+    advance = loop.compile_step(step_of_batch, jax.eval_shape(pack, like), mesh)
     state = jax.jit(init, out_shardings=sharding.fully_sharded(mesh, like))()
     times: dict[str, list[float]] = {"loop": [], "steps": []}
     begun = 0.0
@@ -121,12 +122,13 @@ def loop_and_steps(
             begun = time.perf_counter()
             loop.run(
                 config,
-                state,
+                pack(state),
                 advance,
                 make_batches(size),
                 saved,
                 metrics,
                 last=config.train.num_steps,
+                whole=unpack,
                 preview=end_of_part,
             )
     return {name: values[-repeats:] for name, values in times.items()}
