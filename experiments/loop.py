@@ -164,7 +164,7 @@ def run(
     )
     tracer = Tracer(workdir / "profile", profile)
     pending: list[Metrics] = []  # metrics that are on the device still
-    timed, since, begun = Timed(batches), time.monotonic(), step
+    timed, since, begun, first = Timed(batches), time.monotonic(), step, step
 
     def save() -> None:
         runs.check_there(workdir)
@@ -186,6 +186,8 @@ def run(
         count = each if step % each == 0 and step + each <= last else 1
         state, values = advance(state, timed, count)
         pending += values
+        if step == first:
+            runtime.release_memory()  # of the compiler
         step += count
         bar.update(count)
         if step % options.log_every == 0 or step == last:

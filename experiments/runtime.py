@@ -42,10 +42,10 @@ def start() -> None:
         libc = ctypes.CDLL(None)
         # A step's memory is that of the last one, and not asked of the system page by page again.
         libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_TOP_PAD, 2**26)
-    # That holds for the main thread only: others' heaps take no large pieces. So it is the one
-    # that runs programs on a CPU; it would wait for them before long, anyway.
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_TOP_PAD, 2**26)  # as large as heaps of threads get: none is ever given back
+    # Those take no larger pieces, the main thread's does. So that is the one that runs programs on
+    # a CPU, unless it is several devices; it would wait for them before long, anyway.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         with contextlib.suppress(OSError):

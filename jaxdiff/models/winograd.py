@@ -84,9 +84,16 @@ def _winograd_on_cpu(x: Array, kernel: Array) -> Array:
 
 @_winograd_on_cpu.defjvp
 def _jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    # A convolution is linear in both; the derivatives, and theirs, are plain convolutions again.
+    # A convolution is linear in both. In the kernel, a plain one is faster.
     (x, kernel), (dx, dkernel) = primals, tangents
-    return _winograd_on_cpu(x, kernel), _direct(dx, kernel) + _direct(x, dkernel)
+    in_x = lax.platform_dependent(dx, kernel, cpu=_winograd_to_transpose, default=_direct)
+    return _winograd_on_cpu(x, kernel), in_x + _direct(x, dkernel)
+
+
+def _winograd_to_transpose(x: Array, kernel: Array) -> Array:
+    """Returns `winograd(x, kernel)`, in a form whose transpose, which JAX derives, is fast, too."""
+    y = jax.eval_shape(winograd, x, kernel)
+    return jax.linear_transpose(lambda dy: winograd_transposed(dy, kernel), y)(x)[0]
 
 
 def _direct(x: Array, kernel: Array) -> Array:
@@ -98,10 +105,25 @@ def winograd(x: Array, kernel: Array) -> Array:
 
     By eq. (1) along both axes; outside of x there are zeros.
     """
+    return _correlate(x, _transform_filters(kernel))
+
+
+def winograd_transposed(dy: Array, kernel: Array) -> Array:
+    """Returns the gradient of x of `winograd(x, kernel)`, from that of its result.
+
+    It is a convolution with the filters turned around. Turned around along an axis, G g is itself
+    in the order 3, 1, 2, 0: nothing is transformed anew.
+    """
+    order = (3, 1, 2, 0)
+    filters = _transform_filters(kernel)
+    return _correlate(dy, [[filters[i][j].T for j in order] for i in order])
+
+
+def _correlate(x: Array, filters: Sequence[Sequence[Array]]) -> Array:
+    """Returns eq. (1) along both axes, for filters transformed already, 4 x 4 matrices."""
     batch, height, width, _ = x.shape
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     data = [_transform_data(rows, 2) for rows in _transform_data(x, 1)]
-    filters = [_transform_filter(list(row)) for row in _transform_filter(list(kernel))]
     products = [
         [d @ g for d, g in zip(*row, strict=True)] for row in zip(data, filters, strict=True)
     ]
@@ -109,6 +131,10 @@ def winograd(x: Array, kernel: Array) -> Array:
     rows = [_transform_back(row) for row in zip(*columns, strict=True)]
     y = jnp.stack([jnp.stack(row, axis=3) for row in rows], axis=2)
     return y.reshape(batch, height, width, -1)
+
+
+def _transform_filters(kernel: Array) -> list[tuple[Array, ...]]:
+    return [_transform_filter(list(row)) for row in _transform_filter(list(kernel))]
 
 
 def _transform_data(x: Array, axis: int) -> tuple[Array, ...]:

@@ -52,6 +52,27 @@ def test_equals_the_definition_for_any_even_shape(sizes, channels, features, see
     np.testing.assert_allclose(y, float64(x, kernel), rtol=0, atol=1e-4)
 
 
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4)),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(0, 99),
+)
+@settings(max_examples=15, deadline=None)
+def test_the_transpose_is_the_gradient_of_the_definition(sizes, channels, features, seed):
+    batch, height, width = sizes
+    x, kernel = arrays((batch, 2 * height, 2 * width, channels), (3, 3, channels, features), seed)
+    dy = jax.random.normal(jax.random.key(seed + 100), (*x.shape[:3], features))
+    dx = winograd.winograd_transposed(dy, kernel)
+    assert dx.shape == x.shape
+    # <y, dy> = <x, dx>, in float64 for y, of directions at random.
+    for key in jax.random.split(jax.random.key(seed), 3):
+        x = jax.random.normal(key, x.shape)
+        expected = np.sum(float64(x, kernel) * np.asarray(dy, np.float64))
+        found = np.sum(np.asarray(x, np.float64) * np.asarray(dx, np.float64))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * dy.size)
+
+
 def test_loses_little_more_than_a_plain_convolution():
     x, kernel = arrays((2, 16, 16, 128), (3, 3, 128, 128))
     exact = float64(x, kernel)
@@ -68,6 +89,12 @@ def test_has_fewer_products_on_a_cpu():
     x, kernel = arrays((8, 8, 8, 128), (3, 3, 128, 128))
     convolve = functools.partial(winograd.convolve, **SAME, **NHWC)
     assert counted(convolve, x, kernel) < 0.7 * counted(plain, x, kernel)
+    # In gradients of x, too.
+    found, expected = (
+        counted(jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x, kernel)))), x)
+        for f in (convolve, plain)
+    )
+    assert found < 0.7 * expected
 
 
 @pytest.mark.parametrize(
