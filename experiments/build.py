@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments import packing
@@ -416,7 +416,7 @@ def make_training(
         key=train_key,
     )
     if mapped:
-        whole, rows = PartitionSpec(), PartitionSpec(mesh.axis_names)
+        whole, rows = sharding.everywhere(mesh).spec, sharding.rows(mesh).spec
         step = jax.shard_map(step, mesh=mesh, in_specs=(whole, rows), out_specs=whole)
     return init, step
 
