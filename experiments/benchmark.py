@@ -11,15 +11,20 @@ train     the training loop against its compiled steps alone
 sample    the sampler against as many calls of the network
 data      what pipelines of images deliver, against what training takes
 compile   compilation, cold and from the cache; start-up
-peers     against PyTorch with diffusers, of an environment of its own
+peers     against PyTorch with diffusers, of an environment of its own; a CPU is as many devices as
+          each size likes, unless --cpu_devices says otherwise
 
 No data set is needed. --json=FILE keeps all figures.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,10 +72,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     def whole(name: str, text: str, default: int | None = None, least: int = 1) -> None:
         flags.DEFINE_integer(name, default, text, lower_bound=least, flag_values=values)
 
-    def names(name: str, default: Any, text: str) -> None:
-        flags.DEFINE_list(name, list(default), f"{text}: {','.join(default)}.", flag_values=values)
+    def names(name: str, among: Any, text: str, default: Any = None) -> None:
+        text = f"{text}: {','.join(among)}."
+        flags.DEFINE_list(name, list(default or among), text, flag_values=values)
 
-    names("size", sizes.NAMES, "Networks")
+    names("size", sizes.NAMES, "Networks", sizes.SMALL)
     flags.DEFINE_enum(
         "dtype", "float32", ["float32", "bfloat16"], "Of the network.", flag_values=values
     )
@@ -87,7 +93,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     )
     names("sides", peers.SIDES, "How PyTorch is to run it")
     names("programs", programs.MAKE, "What is to be compared")
-    flags.DEFINE_bool("memory", False, "Also the peak memory of train steps.", flag_values=values)
+    flags.DEFINE_bool(
+        "memory",
+        False,
+        "Also the peak memory of train steps, with activations kept and computed anew.",
+        flag_values=values,
+    )
     flags.DEFINE_string("json", None, "A file for all figures.", flag_values=values)
 
 
@@ -248,12 +259,43 @@ def repeats(few: int = 7) -> int:
 
 def compare() -> None:
     """Times programs here and in PyTorch, in turn."""
-    # Two processes share a GPU, and JAX takes most of it unless told otherwise.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
     for side in FLAGS.sides:
         build.choose("--sides", side, dict.fromkeys(peers.SIDES))
     for program in FLAGS.programs:
         programs.check_name(program)
+    apart = FLAGS.config is None and runtime.cpu_devices() is None
+    found = compare_apart() if apart else compare_here()
+    figures.show_peers(found)
+    for name, values in found.items():
+        figures.show_kernels(name, {what: {"kernels": v} for what, v in values["kernels"].items()})
+    if FLAGS.memory:
+        figures.show_memory(found)
+
+
+def compare_apart() -> dict[str, Any]:
+    """Compares each size in a process of its own, with the CPU as the devices that it likes."""
+    found: dict[str, Any] = {}
+    for name in FLAGS.size:
+        devices = sizes.cpu_devices(name)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "found.json"
+            own = [f"--size={name}", f"--cpu_devices={devices}", f"--json={path}"]  # the last count
+            done = subprocess.run(
+                [sys.executable, "-m", "experiments.benchmark", *sys.argv[1:], *own],
+                stdout=subprocess.DEVNULL,
+                check=False,
+            )
+            if done.returncode:  # it has said why
+                sys.exit(done.returncode)
+            found |= json.loads(path.read_text())["peers"]
+        keep("peers", found)
+    return found
+
+
+def compare_here() -> dict[str, Any]:
+    """Compares all sizes in this process."""
+    # Two processes share a GPU, and JAX takes most of it unless told otherwise.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
     found: dict[str, Any] = {}
     with peers.Worker(FLAGS.python) as worker:
         for size in chosen_sizes("peers"):
@@ -288,23 +330,20 @@ def compare() -> None:
                 found[name]["programs"][what] = result
                 keep("peers", found)
                 del program
-    figures.show_peers(found)
-    for name, values in found.items():
-        figures.show_kernels(name, {what: {"kernels": v} for what, v in values["kernels"].items()})
     if FLAGS.memory:
-        compare_memory(found)
+        measure_memory(found)
+    return found
 
 
-def compare_memory(found: dict[str, Any]) -> None:
+def measure_memory(found: dict[str, Any]) -> None:
     """Measures the memory of train steps, in a fresh process each, and adds it to what is found."""
     for size in chosen_sizes("peers"):
         name = size.config.name
-        with figures.progress(f"memory {name}", 2 + len(FLAGS.sides)) as bar:
+        with figures.progress(f"memory {name}", 2 + 2 * len(FLAGS.sides)) as bar:
             found[name]["memory"] = peers.memory(
                 FLAGS.python, size, FLAGS.sides, cpu_devices=runtime.cpu_devices(), tell=bar.update
             )
         keep("peers", found)
-    figures.show_memory(found)
 
 
 def kernel_shares(name: str, program: programs.Program, whole: float) -> dict[str, Any] | None:

@@ -34,10 +34,12 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def make_model(fields: dict[str, Any], side: str) -> torch.nn.Module:
+def make_model(request: dict[str, Any]) -> torch.nn.Module:
     """Returns the model; compiled ones compile when they are first called."""
     torch.manual_seed(0)
-    model = UNet2DModel(**fields).to(DEVICE)
+    side, model = request["side"], UNet2DModel(**request["fields"]).to(DEVICE)
+    if request["remat"]:
+        model.enable_gradient_checkpointing()
     if side != "eager":
         model = model.to(memory_format=torch.channels_last)
     return torch.compile(model) if side == "compiled" else model
@@ -45,7 +47,7 @@ def make_model(fields: dict[str, Any], side: str) -> torch.nn.Module:
 
 def make_forward(request: dict[str, Any]) -> Callable[[], Any]:
     """Returns a call of the network."""
-    model = make_model(request["fields"], request["side"]).eval()
+    model = make_model(request).eval()
     x, t = images(request), torch.full((request["batch_size"],), 500, device=DEVICE)
 
     @torch.inference_mode()
@@ -58,7 +60,7 @@ def make_forward(request: dict[str, Any]) -> Callable[[], Any]:
 
 def make_train_step(request: dict[str, Any]) -> Callable[[], Any]:
     """Returns a train step: noise, the eps-loss, Adam and a moving average of the parameters."""
-    model = make_model(request["fields"], request["side"]).train()
+    model = make_model(request).train()
     parameters = list(model.parameters())
     averages = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.Adam(parameters, lr=2e-4, fused=True)
@@ -81,7 +83,7 @@ def make_train_step(request: dict[str, Any]) -> Callable[[], Any]:
 
 def make_sample(request: dict[str, Any]) -> Callable[[], Any]:
     """Returns diffusers' own DDIM pipeline, drawing a batch."""
-    model = make_model(request["fields"], request["side"]).eval()
+    model = make_model(request).eval()
     pipeline = DDIMPipeline(unet=model, scheduler=DDIMScheduler(num_train_timesteps=1000))
     pipeline.set_progress_bar_config(disable=True)
 

@@ -48,6 +48,7 @@ def request_of(size: Size, program: str, side: str) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "steps": size.config.sample.steps,
         "dtype": size.config.model.dtype,
+        "remat": size.config.model.remat,
     }
 
 
@@ -134,21 +135,25 @@ def memory(
     """Returns the most memory that train steps take, here and there, each in a fresh process.
 
     Returns:
-      For "jaxdiff", "jaxdiff, remat" and each of the sides "bytes", or "error".
+      For "jaxdiff" and each of the sides, and these with ", remat", "bytes" or "error". With it
+      activations are computed anew on the way back.
     """
     found: dict[str, Any] = {}
-    for name, remat in (("jaxdiff", False), ("jaxdiff, remat", True)):
+    for remat in (False, True):
         changed = programs.with_changes(size, {"model": {"remat": remat}})
+        words = ", remat" if remat else ""
         try:
-            found[name] = fresh.peak_memory(changed, cpu_devices=cpu_devices)
+            found["jaxdiff" + words] = fresh.peak_memory(changed, cpu_devices=cpu_devices)
         except RunError as error:
-            found[name] = {"error": str(error)}
+            found["jaxdiff" + words] = {"error": str(error)}
         tell()
-    for side in sides:
-        with Worker(python) as worker:
-            try:
-                found[side] = worker.ask(what="memory", of=request_of(size, "train", side))
-            except timing.SideError as error:
-                found[side] = {"error": str(error)}
-        tell()
+        for side in sides:
+            with Worker(python) as worker:
+                try:
+                    found[side + words] = worker.ask(
+                        what="memory", of=request_of(changed, "train", side)
+                    )
+                except timing.SideError as error:
+                    found[side + words] = {"error": str(error)}
+            tell()
     return found

@@ -1,4 +1,4 @@
-"""Three networks to measure with, which diffusers' UNet2DModel has with as many parameters.
+"""Networks to measure with, which diffusers' UNet2DModel has with as many parameters.
 
 Beside the network all is as in Ho et al. 2020: linear schedule, eps, Adam with a moving average;
 and nothing that diffusers' own pipeline and training script would not do.
@@ -31,15 +31,37 @@ class Size(NamedTuple):
     peer: dict[str, Any] | None = None
 
 
-# Side, colours, channels, multipliers, batch on CPU, parameters.
-_SIZES = {
-    "digits": (8, 1, 32, (1, 2), 64, 1_001_729),
-    "mnist": (32, 1, 64, (1, 2, 2), 32, 6_469_889),
-    "cifar10": (32, 3, 128, (1, 2, 2, 2), 8, 35_746_307),
+class _Network(NamedTuple):
+    side: int
+    colours: int
+    channels: int
+    multipliers: tuple[int, ...]
+    attention: int  # the level that has it
+    parameters: int
+    on_cpu: int  # the size of batches
+    to_train: int = 512  # on accelerators
+    to_sample: int = 256
+    cpu_devices: int = 1  # what a CPU of two cores is fastest as
+
+
+_NETWORKS = {
+    "digits": _Network(8, 1, 32, (1, 2), 1, 1_001_729, 64, cpu_devices=2),
+    "mnist": _Network(32, 1, 64, (1, 2, 2), 1, 6_469_889, 32),
+    "cifar10": _Network(32, 3, 128, (1, 2, 2, 2), 1, 35_746_307, 8),
+    # Of "google/ddpm-celebahq-256".
+    "celebahq": _Network(256, 3, 128, (1, 1, 2, 2, 4, 4), 4, 113_673_219, 1, 32, 16),
 }
-NAMES = tuple(_SIZES)
-ATTENTION = 1  # the level that has it
-TRAIN_BATCH, SAMPLE_BATCH = 512, 256  # on accelerators, whatever the size
+NAMES = tuple(_NETWORKS)
+SMALL = NAMES[:3]
+
+
+def cpu_devices(name: str) -> int:
+    """Returns how many devices a CPU is to be for a size."""
+    return _network(name).cpu_devices
+
+
+def _network(name: str) -> _Network:
+    return build.choose("--size", name, _NETWORKS)
 
 
 def make(name: str, *, dtype: str = "float32", batch_size: int | None = None) -> Size:
@@ -53,43 +75,47 @@ def make(name: str, *, dtype: str = "float32", batch_size: int | None = None) ->
     Raises:
       ValueError: there is no such size.
     """
-    build.choose("--size", name, _SIZES)
-    side, colours, channels, multipliers, on_cpu, parameters = _SIZES[name]
-    cpu = jax.default_backend() == "cpu"
+    network = _network(name)
+    if batch_size:
+        to_train = to_sample = batch_size
+    elif jax.default_backend() == "cpu":
+        to_train = to_sample = network.on_cpu
+    else:
+        to_train, to_sample = network.to_train, network.to_sample
     config = default()
     config.name = name
     config.update(
         {
             "model": {
-                "channels": channels,
-                "channel_multipliers": multipliers,
+                "channels": network.channels,
+                "channel_multipliers": network.multipliers,
                 "num_res_blocks": 2,
-                "attention_levels": (ATTENTION,),
+                "attention_levels": (network.attention,),
                 "dtype": dtype,
             },
             "optimizer": {"clip_norm": 0.0},
-            "train": {"batch_size": batch_size or (on_cpu if cpu else TRAIN_BATCH)},
+            "train": {"batch_size": to_train},
             "sample": {
-                "batch_size": batch_size or (on_cpu if cpu else SAMPLE_BATCH),
+                "batch_size": to_sample,
                 "threshold": "static",  # diffusers' DDIMScheduler clips x0, too
             },
         }
     )
-    return Size(
-        config, (side, side, colours), parameters, _peer(side, colours, channels, multipliers)
-    )
+    shape = (network.side, network.side, network.colours)
+    return Size(config, shape, network.parameters, _peer(network))
 
 
-def _peer(side: int, colours: int, channels: int, multipliers: tuple[int, ...]) -> dict[str, Any]:
-    kinds = ["Attn" if level == ATTENTION else "" for level in range(len(multipliers))]
+def _peer(network: _Network) -> dict[str, Any]:
+    levels = range(len(network.multipliers))
+    kinds = ["Attn" if level == network.attention else "" for level in levels]
     return {
-        "sample_size": side,
-        "in_channels": colours,
-        "out_channels": colours,
-        "block_out_channels": [channels * factor for factor in multipliers],
+        "sample_size": network.side,
+        "in_channels": network.colours,
+        "out_channels": network.colours,
+        "block_out_channels": [network.channels * factor for factor in network.multipliers],
         "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
         "layers_per_block": 2,
-        "norm_num_groups": min(32, channels // 4),
+        "norm_num_groups": min(32, network.channels // 4),
         "attention_head_dim": None,  # one head
     }

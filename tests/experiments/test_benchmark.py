@@ -133,10 +133,15 @@ def test_medians_spreads_and_ratios():
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "batch_size", "groups"),
-    [("digits", 1_001_729, 64, 8), ("mnist", 6_469_889, 32, 16), ("cifar10", 35_746_307, 8, 32)],
+    ("name", "parameters", "batch_size", "groups", "attention"),
+    [
+        ("digits", 1_001_729, 64, 8, 1),
+        ("mnist", 6_469_889, 32, 16, 1),
+        ("cifar10", 35_746_307, 8, 32, 1),
+        ("celebahq", 113_673_219, 1, 32, 4),
+    ],
 )
-def test_sizes_count_as_stated(name, parameters, batch_size, groups):
+def test_sizes_count_as_stated(name, parameters, batch_size, groups, attention):
     size = sizes.make(name)
     assert programs.count_parameters(size) == size.parameters == parameters
     assert size.config.train.batch_size == size.config.sample.batch_size == batch_size
@@ -144,7 +149,7 @@ def test_sizes_count_as_stated(name, parameters, batch_size, groups):
     assert (peer["sample_size"], peer["sample_size"], peer["in_channels"]) == size.shape
     assert peer["norm_num_groups"] == groups
     kinds = [kind.startswith("Attn") for kind in peer["down_block_types"]]
-    assert [level for level, attends in enumerate(kinds) if attends] == [1]
+    assert [level for level, attends in enumerate(kinds) if attends] == [attention]
     assert [kind.startswith("Attn") for kind in peer["up_block_types"]] == kinds[::-1]
     assert len(peer["block_out_channels"]) == len(kinds)
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 
 import jax
@@ -12,7 +13,7 @@ pytest.importorskip("ml_collections")
 
 from absl import flags
 
-from experiments import benchmark, fresh, peers, programs, runs, sizes, timing, worker
+from experiments import benchmark, fresh, peers, programs, runs, runtime, sizes, timing, worker
 
 # Answers fixed numbers, and writes down what it was asked.
 FAKE = """
@@ -168,7 +169,7 @@ for line in sys.stdin:
 
 
 def test_the_whole_command(fake, monkeypatch, capsys, tmp_path):
-    fake()
+    asked = fake()
     values, kept = flags.FlagValues(), tmp_path / "found.json"
     benchmark.define_flags(values)
     values(
@@ -180,6 +181,7 @@ def test_the_whole_command(fake, monkeypatch, capsys, tmp_path):
         ]
     )
     monkeypatch.setattr(benchmark, "FLAGS", values)
+    monkeypatch.setattr(runtime, "cpu_devices", lambda: 1)  # so all is in this process
     monkeypatch.setattr(peers, "PAUSE", 0)
     monkeypatch.setattr(timing, "seconds", lambda call, times=1: 0.125)
     monkeypatch.setattr(programs, "make", lambda name, size: instant(0.125))
@@ -197,10 +199,37 @@ def test_the_whole_command(fake, monkeypatch, capsys, tmp_path):
     assert "failed" in row
     assert row[-2:] == ["(2.000..2.000)", "channels_last"]
     row = next(row for row in rows if row[:1] == ["digits"])
-    assert row == ["digits", *["2.0", "MiB", "1.0", "MiB", "3.0", "MiB", "3.0", "MiB", "failed"]]
+    three = ["3.0", "MiB", "3.0", "MiB", "failed"]
+    assert row == ["digits", "2.0", "MiB", *three, "1.0", "MiB", *three]
     assert found["programs"]["forward"]["ratio"]["median"] == 2
     assert found["memory"]["jaxdiff, remat"]["bytes"] == 2**20
     assert found["peer"]["parameters"] == DIGITS
+    told = [request["of"]["remat"] for request in asked() if request["what"] == "memory"]
+    assert told == [False] * 3 + [True] * 3
+
+
+def test_each_size_has_a_process_and_its_devices(fake, tmp_path):
+    fake(text=FAKE.replace("PARAMETERS", "sizes[request['fields']['sample_size']]"))
+    script, other, kept = tmp_path / "fake.py", tmp_path / "python", tmp_path / "found.json"
+    script.write_text(f"sizes = {{8: {DIGITS}, 32: 6_469_889}}\n{script.read_text()}")
+    other.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}"\n')
+    other.chmod(0o755)
+    what = ["--size=digits,mnist", "--programs=forward", "--sides=eager", "--batch_size=2"]
+    command = [sys.executable, "-m", "experiments.benchmark", "peers", f"--json={kept}", *what]
+    few = ["--repeats=1", "--warmup=0"]
+    done = subprocess.run([*command, *few, f"--python={other}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert rows[0][:2] == ["program", "size"]
+    assert [row[:2] for row in rows[1:]] == [["forward", "digits"], ["forward", "mnist"]]
+    found = json.loads(kept.read_text())["peers"]
+    assert [found[name]["run"]["devices"][0] for name in ("digits", "mnist")] == ["2", "1"]
+    assert json.loads((tmp_path / "asked").read_text().splitlines()[-1])["times"] >= 1
+
+    done = subprocess.run([*command, "--python=no/such"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --python must be the interpreter")
+    assert "got 'no/such'" in done.stderr
 
 
 @pytest.mark.parametrize("flag", ["--sides=eager,compield", "--programs=trian"])
@@ -225,6 +254,9 @@ def test_pytorch_itself():
         for program in programs.MAKE:
             request = peers.request_of(size, program, "channels_last")
             assert other.ask(what="time", of=request, times=1)["seconds"] > 0
-        assert other.ask(what="memory", of=peers.request_of(size, "train", "eager"))["bytes"] > 0
+        train = peers.request_of(size, "train", "eager")
+        for remat in (False, True):
+            told = other.ask(what="memory", of={**train, "remat": remat})
+            assert told["bytes"] > 0
         with pytest.raises(timing.SideError, match="KeyError"):
             other.ask(what="time", of={**request, "program": "none"}, times=1)
