@@ -597,6 +597,7 @@ def test_the_command_itself(tmp_path):
     for name, options in (("train", ["--train_steps=2"]), ("sample", ["--steps=2"])):
         path = tmp_path / f"{name}.json"
         command = [sys.executable, "-m", "experiments.benchmark", name, "--size=digits"]
+        options = [*options, "--batch_size=8"]
         done = subprocess.run(
             [*command, "--repeats=1", f"--json={path}", *options], capture_output=True, text=True
         )

@@ -90,7 +90,7 @@ def train(workdir, devices, *arguments, steps=20):
     )  # fmt: skip
 
 
-LAYOUTS = {"1": (1, 1), "2": (2, 1), "4 fsdp 2": (4, 2), "8": (8, 1), "8 fsdp 8": (8, 8)}
+LAYOUTS = {"1": (1, 1), "4 fsdp 2": (4, 2), "8": (8, 1), "8 fsdp 8": (8, 8)}
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +136,14 @@ def test_a_run_on_eight_devices_goes_on_on_others(trained, tmp_path):
         return shutil.copytree(first, tmp_path / name)
 
     longer = "--allow_config_change"
-    finish(train(copy("1"), 1, longer), train(copy("2"), 2, longer))
-    finish(train(copy("4"), 4, "--config.mesh.fsdp=2", longer))
+    finish(train(copy("1"), 1, longer), train(copy("4"), 4, "--config.mesh.fsdp=2", longer))
     both = [f"--workdir={copy('processes')}", *SMALL, "--config.mesh.fsdp=4"]
     # Restored and not trained further, the parameters are the same bit for bit.
     outputs = in_two("train", 2, *both, "--config.train.num_steps=10")
     assert "resumed from the checkpoint of step 10" in outputs[0]
     assert sha256(tmp_path / "processes") == kept
     in_two("train", 2, *both, "--config.train.num_steps=20", longer)
-    for name in ("1", "2", "4", "processes"):
+    for name in ("1", "4", "processes"):
         np.testing.assert_allclose(losses(tmp_path / name), reference, rtol=1e-5, err_msg=name)
 
 

@@ -47,7 +47,7 @@ def arrays(x=X, kernel=KERNEL, seed=0):
 def test_equals_the_definition_for_any_even_shape(sizes, channels, features, seed):
     batch, height, width = sizes
     x, kernel = arrays((batch, 2 * height, 2 * width, channels), (3, 3, channels, features), seed)
-    y = winograd.winograd(x, kernel)
+    y = jax.jit(winograd.winograd)(x, kernel)
     assert y.shape == (batch, 2 * height, 2 * width, features)
     np.testing.assert_allclose(y, float64(x, kernel), rtol=0, atol=1e-4)
 
@@ -63,7 +63,7 @@ def test_the_transpose_is_the_gradient_of_the_definition(sizes, channels, featur
     batch, height, width = sizes
     x, kernel = arrays((batch, 2 * height, 2 * width, channels), (3, 3, channels, features), seed)
     dy = jax.random.normal(jax.random.key(seed + 100), (*x.shape[:3], features))
-    dx = winograd.winograd_transposed(dy, kernel)
+    dx = jax.jit(winograd.winograd_transposed)(dy, kernel)
     assert dx.shape == x.shape
     # <y, dy> = <x, dx>, in float64 for y, of directions at random.
     for key in jax.random.split(jax.random.key(seed), 3):
