@@ -361,7 +361,7 @@ def kernel_shares(name: str, program: programs.Program, whole: float) -> dict[st
 def keep(command: str, found: dict[str, Any]) -> None:
     """Writes all figures so far, if asked for."""
     if FLAGS.json:
-        runs.write_json(Path(FLAGS.json), {command: found})
+        runs.write_text(Path(FLAGS.json), json.dumps({command: found}, indent=2) + "\n")
 
 
 MAIN: dict[str, Callable[[], None]] = {

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from experiments import packing
+from experiments import packing, runtime
 from jaxdiff import (
     columns,
     data,
@@ -231,6 +231,24 @@ def make_network(
     if config.parameterization == "edm":
         return denoisers.preconditioned(apply_fn, schedule, config.sigma_data)
     return apply_fn
+
+
+def in_parts(network: Network) -> Network:
+    """Returns the same network, which draws from a large batch part by part if that is faster.
+
+    How many parts is what `runtime.parts` says of the shape of x.
+    """
+
+    def apply(params: PyTree, x: Array, level: Array, cond: PyTree, **kwargs: Any) -> Array:
+        count = runtime.parts(x.shape)
+        if count == 1:
+            return network(params, x, level, cond, **kwargs)
+        examples = x, jnp.broadcast_to(level, x.shape[:1]), cond
+        parts = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), examples)
+        outputs = jax.lax.map(lambda part: network(params, *part, **kwargs), parts)
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
+
+    return apply
 
 
 def _context_channels(config: ConfigDict, channels: int) -> int:

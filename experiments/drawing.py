@@ -14,6 +14,7 @@ from experiments import runtime
 from experiments.build import (
     call,
     choose,
+    in_parts,
     make_mesh,
     make_network,
     make_parameterization,
@@ -132,7 +133,7 @@ def make_denoiser(
     worse network, for autoguidance. Of a table, `own` is what each column says of itself.
     """
     options, grid = config.sample, make_grid(config)
-    network, schedule = make_network(config, shape, own), make_schedule(config)
+    network, schedule = in_parts(make_network(config, shape, own)), make_schedule(config)
     parameterization = make_parameterization(config)
     chosen = {key: v for key, v in options.guidance_options.to_dict().items() if v is not None}
     low, high, _ = chosen.pop("low", 0.0), chosen.pop("high", np.inf), chosen.pop("weak_step", None)

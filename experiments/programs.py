@@ -60,7 +60,8 @@ def forward(size: Size) -> Program:
     """Returns a call of the network, on a batch of `sample.batch_size`."""
     config, count = size.config, size.config.sample.batch_size
     rows = sharding.rows(mesh_of(size, "sample"))
-    network, labels = build.make_network(config, size.shape), drawing.make_labels(config, 0, count)
+    network = build.in_parts(build.make_network(config, size.shape))
+    labels = drawing.make_labels(config, 0, count)
 
     def call(params: PyTree, x: Array, t: Array) -> Array:
         return network(params, x, t, labels)
@@ -69,7 +70,8 @@ def forward(size: Size) -> Program:
     steps = build.make_schedule(config).num_steps
     t = np.full(count, steps // 2, np.int32) if steps else np.full(count, 0.5, np.float32)
     jitted = jax.jit(call, out_shardings=rows, compiler_options=runtime.compiler_options())
-    return _program(jitted, (parameters(size), *sharding.from_rows((x, t), rows)), count)
+    program = _program(jitted, (parameters(size), *sharding.from_rows((x, t), rows)), count)
+    return program._replace(flops=program.flops * runtime.parts(x.shape))
 
 
 def train(size: Size) -> Program:
@@ -104,9 +106,11 @@ def train(size: Size) -> Program:
 def sample(size: Size) -> Program:
     """Returns the sampler of `sample.steps` steps."""
     jitted = drawing.make_draw(size.config, size.shape)
-    program = _program(jitted, (parameters(size), 0), size.config.sample.batch_size)
-    # The compiler counts what stands in the loop once.
-    return program._replace(flops=program.flops * size.config.sample.steps)
+    count = size.config.sample.batch_size
+    program = _program(jitted, (parameters(size), 0), count)
+    # The compiler counts what stands in a loop once.
+    calls = size.config.sample.steps * runtime.parts((count, *size.shape))
+    return program._replace(flops=program.flops * calls)
 
 
 MAKE = {"forward": forward, "train": train, "sample": sample}

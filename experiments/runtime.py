@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import difflib
+import math
 import os
 import signal
 import sys
@@ -90,6 +91,23 @@ def packs(mesh: Mesh, params: PyTree) -> bool:
     # Larger networks take so long that nothing is won, and a second copy of them is memory.
     small = len(leaves) > 1 and sum(leaf.size for leaf in leaves) <= 2**22
     return jax.default_backend() == "cpu" and plain and small
+
+
+def parts(shape: Sequence[int]) -> int:
+    """Returns in how many parts, one after the other, a network is to be called with a batch.
+
+    On a CPU as one device the activations of 4,096 pixels stay in its cache, those of many more do
+    not. Several devices have their parts already, and fewer pixels gain nothing.
+    """
+    batch, *spatial, _ = shape
+    pixels = math.prod(spatial)
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or len(spatial) != 2:
+        return 1
+    if batch * pixels < 2**14:
+        return 1
+    most = 2**12 // pixels
+    size = max((n for n in range(1, most + 1) if batch % n == 0), default=batch)
+    return batch // size if 2 * size > most else 1  # much smaller parts would lose
 
 
 class PreemptedError(BaseException):

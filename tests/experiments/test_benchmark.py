@@ -201,6 +201,44 @@ def test_the_compiler_counts_about_as_much():
     assert 0.6 * counted < traced.lower().cost_analysis()["flops"] < 1.2 * counted
 
 
+@pytest.mark.parametrize(
+    ("shape", "devices", "parts"),
+    [
+        ((32, 32, 32, 1), 1, 8),
+        ((32, 32, 32, 1), 2, 1),  # each has its half
+        ((30, 28, 28, 1), 1, 6),  # of 5 images
+        ((31, 32, 32, 1), 1, 1),  # only by itself
+        ((8, 32, 32, 3), 1, 1),
+        ((4, 64, 64, 3), 1, 4),
+        ((2, 128, 128, 3), 1, 1),
+        ((64, 8, 8, 1), 1, 1),
+        ((4096, 16, 8), 1, 1),  # sequences
+    ],
+)
+def test_large_batches_have_parts_on_one_cpu(shape, devices, parts, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    assert runtime.parts(shape) == parts
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert runtime.parts(shape) == 1
+
+
+@pytest.mark.parametrize("labels", [0, 3])
+def test_samples_do_not_depend_on_parts(labels, monkeypatch):
+    monkeypatch.setattr(build, "make_model", small_runs.make_model)
+    size = tiny(
+        labels={"num_classes": labels}, sample={"guidance": "classifier_free"} if labels else {}
+    )
+    whole, forward = programs.sample(size), programs.forward(size)
+    seen = []
+    monkeypatch.setattr(runtime, "parts", lambda shape: seen.append(shape) or shape[0] // 2)
+    parts, call = programs.sample(size), programs.forward(size)
+    assert set(seen) == {(8, 4, 4, 1)}
+    np.testing.assert_allclose(parts.call(), whole.call(), atol=1e-5)
+    np.testing.assert_allclose(call.call(), forward.call(), atol=1e-5)
+    # Of a loop's body the compiler counts one turn, which is a quarter of the batch.
+    assert call.flops == pytest.approx(forward.flops, rel=0.1)
+
+
 def noise(size):
     return jnp.zeros((8, *size.shape)), jnp.zeros(8, jnp.int32)
 
