@@ -12,13 +12,14 @@ sample    the sampler against as many calls of the network
 data      what pipelines of images deliver, against what training takes
 compile   compilation, cold and from the cache; start-up
 peers     against PyTorch with diffusers, of an environment of its own; a CPU is as many devices as
-          each size likes, unless --cpu_devices says otherwise
+          each program likes, unless --cpu_devices says otherwise
 
 No data set is needed. --json=FILE keeps all figures.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -273,13 +274,19 @@ def compare() -> None:
 
 
 def compare_apart() -> dict[str, Any]:
-    """Compares each size in a process of its own, with the CPU as the devices that it likes."""
+    """Compares each program in a process of its own, with the CPU as the devices that it likes."""
     found: dict[str, Any] = {}
-    for name in FLAGS.size:
-        devices = sizes.cpu_devices(name)
+    for name, what in itertools.product(FLAGS.size, FLAGS.programs):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "found.json"
-            own = [f"--size={name}", f"--cpu_devices={devices}", f"--json={path}"]  # the last count
+            own = {  # the last one of a flag counts
+                "size": name,
+                "programs": what,
+                "cpu_devices": sizes.cpu_devices(name, what),
+                "memory": FLAGS.memory and what == FLAGS.programs[-1],
+                "json": path,
+            }
+            own = [f"--{flag}={value}" for flag, value in own.items()]
             done = subprocess.run(
                 [sys.executable, "-m", "experiments.benchmark", *sys.argv[1:], *own],
                 stdout=subprocess.DEVNULL,
@@ -287,7 +294,11 @@ def compare_apart() -> dict[str, Any]:
             )
             if done.returncode:  # it has said why
                 sys.exit(done.returncode)
-            found |= json.loads(path.read_text())["peers"]
+            each = json.loads(path.read_text())["peers"][name]
+        before = found.setdefault(name, each)
+        for part in ("programs", "kernels"):
+            before[part] |= each[part]
+        before |= {key: value for key, value in each.items() if key == "memory"}
         keep("peers", found)
     return found
 
@@ -323,6 +334,7 @@ def compare_here() -> dict[str, Any]:
                         tell=bar.update,
                     )
                 figures.say(" ".join([what, name, *figures.peer_row(result)]))
+                result["devices"] = jax.device_count()
                 ours = result["sides"]["jaxdiff"].get("median")
                 if ours:
                     result |= figures.of(size, program, ours)

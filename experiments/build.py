@@ -236,17 +236,26 @@ def make_network(
 def in_parts(network: Network) -> Network:
     """Returns the same network, which draws from a large batch part by part if that is faster.
 
-    How many parts is what `runtime.parts` says of the shape of x.
+    How many parts is what `runtime.parts` says of the shape of x. Each is of as many examples of
+    every device, so that none has to be sent to another.
     """
+    devices = jax.device_count()
 
     def apply(params: PyTree, x: Array, level: Array, cond: PyTree, **kwargs: Any) -> Array:
         count = runtime.parts(x.shape)
-        if count == 1:
+        if count == 1 or kwargs:
             return network(params, x, level, cond, **kwargs)
         examples = x, jnp.broadcast_to(level, x.shape[:1]), cond
-        parts = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), examples)
-        outputs = jax.lax.map(lambda part: network(params, *part, **kwargs), parts)
-        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
+
+        def split(a: Array) -> Array:
+            return a.reshape(devices, count, -1, *a.shape[1:]).swapaxes(0, 1)
+
+        def one(part: PyTree) -> Array:
+            return network(params, *jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), part))
+
+        y = jax.lax.map(one, jax.tree.map(split, examples))
+        y = y.reshape(count, devices, -1, *y.shape[2:]).swapaxes(0, 1)
+        return y.reshape(-1, *y.shape[3:])
 
     return apply
 

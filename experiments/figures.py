@@ -148,9 +148,9 @@ def show_peers(found: Mapping[str, Any]) -> None:
         for name, values in found.items()
         for what, result in values["programs"].items()
     }
-    rows = [[*of_what, *peer_row(result)] for of_what, result in results.items()]
+    rows = [[*key, result["devices"], *peer_row(result)] for key, result in results.items()]
     sides = next(iter(results.values()))["sides"]
-    show(["program", "size", *(f"{side}, ms" for side in sides), "best / jaxdiff"], rows)
+    show(["program", "size", "devices", *(f"{side}, ms" for side in sides), "best / jaxdiff"], rows)
     for (what, name), result in results.items():
         show_failures(f"{what} {name}", result["sides"])
 

@@ -96,18 +96,16 @@ def packs(mesh: Mesh, params: PyTree) -> bool:
 def parts(shape: Sequence[int]) -> int:
     """Returns in how many parts, one after the other, a network is to be called with a batch.
 
-    On a CPU as one device the activations of 4,096 pixels stay in its cache, those of many more do
-    not. Several devices have their parts already, and fewer pixels gain nothing.
+    The activations of 4,096 pixels stay in a CPU's cache, those of many more do not.
     """
     batch, *spatial, _ = shape
+    share, rest = divmod(batch, jax.device_count())
     pixels = math.prod(spatial)
-    if jax.default_backend() != "cpu" or jax.device_count() > 1 or len(spatial) != 2:
-        return 1
-    if batch * pixels < 2**14:
+    if jax.default_backend() != "cpu" or len(spatial) != 2 or rest or share * pixels < 2**14:
         return 1
     most = 2**12 // pixels
-    size = max((n for n in range(1, most + 1) if batch % n == 0), default=batch)
-    return batch // size if 2 * size > most else 1  # much smaller parts would lose
+    size = max((n for n in range(1, most + 1) if share % n == 0), default=share)
+    return share // size if 2 * size > most else 1  # much smaller parts would lose
 
 
 class PreemptedError(BaseException):

@@ -41,12 +41,14 @@ class _Network(NamedTuple):
     on_cpu: int  # the size of batches
     to_train: int = 512  # on accelerators
     to_sample: int = 256
-    cpu_devices: int = 1  # what a CPU of two cores is fastest as
+    # What a CPU of two cores is fastest as.
+    devices_to_train: int = 1
+    devices_to_sample: int = 1
 
 
 _NETWORKS = {
-    "digits": _Network(8, 1, 32, (1, 2), 1, 1_001_729, 64, cpu_devices=2),
-    "mnist": _Network(32, 1, 64, (1, 2, 2), 1, 6_469_889, 32),
+    "digits": _Network(8, 1, 32, (1, 2), 1, 1_001_729, 64, 512, 256, 2, 2),
+    "mnist": _Network(32, 1, 64, (1, 2, 2), 1, 6_469_889, 32, devices_to_sample=2),
     "cifar10": _Network(32, 3, 128, (1, 2, 2, 2), 1, 35_746_307, 8),
     # Of "google/ddpm-celebahq-256".
     "celebahq": _Network(256, 3, 128, (1, 1, 2, 2, 4, 4), 4, 113_673_219, 1, 32, 16),
@@ -55,9 +57,10 @@ NAMES = tuple(_NETWORKS)
 SMALL = NAMES[:3]
 
 
-def cpu_devices(name: str) -> int:
-    """Returns how many devices a CPU is to be for a size."""
-    return _network(name).cpu_devices
+def cpu_devices(name: str, program: str) -> int:
+    """Returns how many devices a CPU is to be for a program (of `programs.MAKE`) of a size."""
+    network = _network(name)
+    return network.devices_to_train if program == "train" else network.devices_to_sample
 
 
 def _network(name: str) -> _Network:

@@ -195,7 +195,7 @@ def test_the_whole_command(fake, monkeypatch, capsys, tmp_path):
     assert "train digits, compiled: BackendCompilerFailed: no compiler" in said
     rows = [line.split() for line in said.splitlines()]
     row = next(row for row in rows if row[:2] == ["train", "digits"])
-    assert row[2] == "125"
+    assert row[2:4] == [str(jax.device_count()), "125"]
     assert "failed" in row
     assert row[-2:] == ["(2.000..2.000)", "channels_last"]
     row = next(row for row in rows if row[:1] == ["digits"])
@@ -208,22 +208,25 @@ def test_the_whole_command(fake, monkeypatch, capsys, tmp_path):
     assert told == [False] * 3 + [True] * 3
 
 
-def test_each_size_has_a_process_and_its_devices(fake, tmp_path):
+def test_each_program_has_a_process_and_its_devices(fake, tmp_path):
     fake(text=FAKE.replace("PARAMETERS", "sizes[request['fields']['sample_size']]"))
     script, other, kept = tmp_path / "fake.py", tmp_path / "python", tmp_path / "found.json"
     script.write_text(f"sizes = {{8: {DIGITS}, 32: 6_469_889}}\n{script.read_text()}")
     other.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}"\n')
     other.chmod(0o755)
-    what = ["--size=digits,mnist", "--programs=forward", "--sides=eager", "--batch_size=2"]
+    what = ["--size=digits,mnist", "--sides=eager", "--batch_size=2", "--programs=forward,train"]
     command = [sys.executable, "-m", "experiments.benchmark", "peers", f"--json={kept}", *what]
     few = ["--repeats=1", "--warmup=0"]
     done = subprocess.run([*command, *few, f"--python={other}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert rows[0][:2] == ["program", "size"]
-    assert [row[:2] for row in rows[1:]] == [["forward", "digits"], ["forward", "mnist"]]
+    assert [row[:3] for row in rows[1:]] == [
+        ["forward", "digits", "2"], ["train", "digits", "2"],
+        ["forward", "mnist", "2"], ["train", "mnist", "1"],
+    ]  # fmt: skip
     found = json.loads(kept.read_text())["peers"]
-    assert [found[name]["run"]["devices"][0] for name in ("digits", "mnist")] == ["2", "1"]
+    assert [found[name]["run"]["parameters"] for name in found] == [DIGITS, 6_469_889]
     assert json.loads((tmp_path / "asked").read_text().splitlines()[-1])["times"] >= 1
 
     done = subprocess.run([*command, "--python=no/such"], capture_output=True, text=True)
