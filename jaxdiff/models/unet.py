@@ -85,8 +85,8 @@ class UNet(nn.Module):
         instead of single convolutions: `down_0_downsample` and `up_1_upsample` are then blocks.
       mid_attention_norm: whether the attention in the middle is normalised, as all others are.
       dtype: of the computation; parameters, statistics and the output are float32.
-      remat: whether to compute the blocks' activations anew on the way back, which saves memory on
-        accelerators and changes nothing else. (XLA's compiler for CPUs undoes it.)
+      remat: whether to compute the blocks' activations anew on the way back, to save memory; it
+        changes nothing else. (XLA's compiler for CPUs undoes it.)
 
     Reference:
       Ho et al. 2020, appendix B.
