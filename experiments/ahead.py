@@ -209,7 +209,7 @@ def compiled_costs(
 
 
 def as_accelerators_do() -> contextlib.AbstractContextManager:
-    """Returns a context in which a CPU convolves as accelerators do (`models.winograd`)."""
+    """Returns a context in which a CPU convolves as accelerators do (`models.convolution`)."""
     return jax.default_matmul_precision("float32")
 
 

@@ -385,6 +385,7 @@ def make_training(
     mesh: Mesh | None = None,
     *,
     mapped: bool = False,
+    parts: int = 1,
 ) -> tuple[Callable[[], TrainState], Callable[..., Any]]:
     """Returns `init() -> state` and the pure train step, which takes packed states, too.
 
@@ -395,6 +396,8 @@ def make_training(
       mesh: where the step runs, if parameters are divided there (`sharding.fully_sharded`).
       mapped: whether each device of the mesh computes its share of a batch by itself; parameters
         must not be divided then.
+      parts: in how many parts, at least, to compute a batch (`runtime.parts`); more where
+        `config.train.microbatches` says so.
     """
     model, optimizer, sampler = (
         make_model(config, shape[-1]),
@@ -437,7 +440,7 @@ def make_training(
         mesh.axis_names if mapped else None,
         update_history=sampler.update if loss_aware else None,
         skip_nonfinite=skips,
-        microbatches=config.train.microbatches,
+        microbatches=max(parts, config.train.microbatches),
         averages=averages or None,
         watch=watch,
         key=train_key,

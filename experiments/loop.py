@@ -82,7 +82,7 @@ def compile_step(
     def advance(
         state: TrainState, batches: Iterator[PyTree], count: int
     ) -> tuple[TrainState, list[Metrics]]:
-        if count == at_once > 1 and runtime.scans_are_fast():
+        if count == at_once > 1 and runtime.scans_steps():
             stacked = jax.tree.map(lambda *a: np.stack(a), *(next(batches) for _ in range(count)))
             fed = sharding.from_rows(stacked, sharding.rows(mesh, axis=1))
             state, metrics = many(state, held, arrays, fed)

@@ -92,8 +92,10 @@ def train(size: Size) -> Program:
     batch = sharding.from_rows(host_batch(size), sharding.rows(mesh))
     program = _program(jitted, (state, None, batch), size.config.train.batch_size)
     one = program.call
-    # The compiler counts what each of several devices does by itself once.
-    times = mesh.size if runtime.maps_devices(mesh) else 1
+    # The compiler counts once what each of several devices does by itself, and what is in a loop.
+    times = (mesh.size if runtime.maps_devices(mesh) else 1) * max(
+        _parts(size), size.config.train.microbatches
+    )
 
     def call() -> Any:
         nonlocal state
@@ -137,13 +139,22 @@ def training(
     """Returns `init()`, the step `(state, held, batch)` of `loop.compile_step`, and the shapes."""
     mesh = build.make_mesh(size.config)
     init, step = build.make_training(
-        size.config, size.shape, None, mesh, mapped=runtime.maps_devices(mesh)
+        size.config,
+        size.shape,
+        None,
+        mesh,
+        mapped=runtime.maps_devices(mesh),
+        parts=_parts(size),
     )
 
     def step_of_batch(state: TrainState, held: Any, batch: PyTree) -> Any:
         return step(state, batch)
 
     return init, step_of_batch, jax.eval_shape(init)
+
+
+def _parts(size: Size) -> int:
+    return runtime.parts((size.config.train.batch_size, *size.shape), training=True)
 
 
 def host_batch(size: Size) -> dict[str, np.ndarray]:

@@ -66,11 +66,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxdiff"
 
 
-def scans_are_fast() -> bool:
-    """Returns whether several train steps in a `lax.scan` are as good as one by one.
+def scans_steps() -> bool:
+    """Returns whether several train steps in one dispatch are to be a `lax.scan`.
 
-    On CPU a loop's convolutions are computed in another way: ten times slower for the digits
-    network, and other last bits (https://github.com/jax-ml/jax/issues/12868).
+    Not on CPU: there is little to be won, and a loop's program has other last bits, while a run is
+    to be the same however its steps are handed out.
     """
     return jax.default_backend() != "cpu"
 
@@ -93,17 +93,18 @@ def packs(mesh: Mesh, params: PyTree) -> bool:
     return jax.default_backend() == "cpu" and plain and small
 
 
-def parts(shape: Sequence[int]) -> int:
-    """Returns in how many parts, one after the other, a network is to be called with a batch.
+def parts(shape: Sequence[int], *, training: bool = False) -> int:
+    """Returns in how many parts, one after the other, a batch is to be drawn or trained with.
 
-    The activations of 4,096 pixels stay in a CPU's cache, those of many more do not.
+    The activations of 4,096 pixels stay in a CPU's cache, those of many more do not. Training,
+    which keeps them all, is best with twice as many, and has less to keep.
     """
     batch, *spatial, _ = shape
     share, rest = divmod(batch, jax.device_count())
     pixels = math.prod(spatial)
     if jax.default_backend() != "cpu" or len(spatial) != 2 or rest or share * pixels < 2**14:
         return 1
-    most = 2**12 // pixels
+    most = 2 ** (13 if training else 12) // pixels
     size = max((n for n in range(1, most + 1) if share % n == 0), default=share)
     return share // size if 2 * size > most else 1  # much smaller parts would lose
 

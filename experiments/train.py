@@ -204,7 +204,14 @@ def make_stage(
     `arrays` are those of another stage, if the data reside on the devices: one copy serves all.
     """
     shape, own = build.example_shape(config, source), cohort.own if cohort else None
-    init, step = build.make_training(config, shape, own, mesh, mapped=runtime.maps_devices(mesh))
+    init, step = build.make_training(
+        config,
+        shape,
+        own,
+        mesh,
+        mapped=runtime.maps_devices(mesh),
+        parts=runtime.parts((config.train.batch_size, *shape), training=True),
+    )
     take = None
     if config.data.resident:
         found, batches, take = build.make_resident(config, source, stage=index)

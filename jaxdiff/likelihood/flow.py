@@ -89,7 +89,8 @@ def probability_flow(
 
     Args:
       key: one typed key; of use to Hutchinson's trace only.
-      denoiser: the denoiser, smooth in x: clipped ones have no density of their own.
+      denoiser: the denoiser, smooth in x and differentiable in reverse mode; clipped ones have no
+        density of their own.
       schedule: the schedule, discrete or continuous.
       x: clean data `(B, *spatial, C)`; images on levels have a density only after dequantization
         (`dequantized_bits`).
@@ -151,10 +152,10 @@ def probability_flow(
 
     def velocity(place: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         z, _ = state
-        x0, push = jax.linearize(lambda z: believed(z, place)[0], z)
+        x0, pull = jax.vjp(lambda z: believed(z, place)[0], z)
         cosine = jnp.exp(jax.nn.log_sigmoid(2 * place) / 2)
         over = cosine.reshape(cosine.shape + (1,) * len(events))
-        share = _traces(push, z, directions) / size[:, None]
+        share = _traces(pull, z, directions) / size[:, None]
         return over * (x0 - over * z), cosine[:, None] * (share - cosine[:, None])
 
     log_cosine = jax.nn.log_sigmoid(2 * begin) / 2
@@ -215,12 +216,12 @@ def _directions(key: Array, x: Array, num_probes: int, index: Array | None) -> A
     return jax.vmap(draw)(jnp.arange(num_probes))
 
 
-def _traces(push: Callable[[Array], Array], z: Array, directions: Array | None) -> Array:
+def _traces(pull: Callable[[Array], tuple[Array]], z: Array, directions: Array | None) -> Array:
     """Returns the trace, or what each direction says of it, `(B, 1 or num_probes)`."""
     events = tuple(range(1, z.ndim))
 
     def along(direction: Array) -> Array:
-        return jnp.sum(direction * push(direction), axis=events)
+        return jnp.sum(direction * pull(direction)[0], axis=events)
 
     if directions is not None:
         return jax.lax.map(along, directions).T

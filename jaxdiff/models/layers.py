@@ -22,7 +22,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxdiff.models._checks import check
-from jaxdiff.models.winograd import convolve
+from jaxdiff.models.convolution import convolve
 
 Array = jax.Array
 

@@ -21,52 +21,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 Array = jax.Array
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-def convolve(
-    x: Array,
-    kernel: Array,
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    **options: Any,
-) -> Array:
-    """Convolves as `lax.conv_general_dilated` does, for `nn.Conv`; faster on CPUs where it can.
-
-    Args:
-      x: `(B, *spatial, C)`.
-      kernel: `(*widths, C, features)`.
-      strides: of each axis.
-      padding: of each axis, before and after.
-      **options: of `lax.conv_general_dilated`; the faster way is open where they ask for nothing
-        but `dimension_numbers` of channels last. Whoever asks for a precision, here or by
-        `jax.default_matmul_precision`, gets plain products.
-    """
-    same = tuple(strides) == (1, 1) and [tuple(pad) for pad in padding] == [(1, 1), (1, 1)]
-    if same and _is_plain(x, kernel, **options) and _pays(x, kernel):
-        return _winograd_on_cpu(x, kernel)
-    return lax.conv_general_dilated(x, kernel, strides, padding, **options)
-
-
-def _is_plain(x: Array, kernel: Array, dimension_numbers: Any = None, **others: Any) -> bool:
-    """Returns whether options of a convolution ask for no more than channels last."""
-    if x.ndim != 4 or kernel.ndim != 4 or jax.config.jax_default_matmul_precision is not None:
-        return False
-    shapes = x.shape, kernel.shape
-    layouts = (lax.conv_dimension_numbers(*shapes, each) for each in (dimension_numbers, _LAYOUT))
-    # None, or what is the same: one group, and a dilation of 1 along each axis.
-    asks = any(value not in (None, 1, (1, 1), [1, 1]) for value in others.values())
-    return len(set(layouts)) == 1 and not asks
-
-
-def _pays(x: Array, kernel: Array) -> bool:
+def pays(x: Array, kernel: Array) -> bool:
     """Returns whether a CPU is faster so (measured: `experiments/benchmarks.md`)."""
     if x.ndim != 4 or kernel.shape[:2] != (3, 3) or x.shape[1] % 2 or x.shape[2] % 2:
         return False
@@ -77,30 +40,7 @@ def _pays(x: Array, kernel: Array) -> bool:
     return (channels >= 128 and positions >= 512) or (channels >= 32 and 512 <= positions <= 4096)
 
 
-@jax.custom_jvp
-def _winograd_on_cpu(x: Array, kernel: Array) -> Array:
-    return lax.platform_dependent(x, kernel, cpu=winograd, default=_direct)
-
-
-@_winograd_on_cpu.defjvp
-def _jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    # A convolution is linear in both. In the kernel, a plain one is faster.
-    (x, kernel), (dx, dkernel) = primals, tangents
-    in_x = lax.platform_dependent(dx, kernel, cpu=_winograd_to_transpose, default=_direct)
-    return _winograd_on_cpu(x, kernel), in_x + _direct(x, dkernel)
-
-
-def _winograd_to_transpose(x: Array, kernel: Array) -> Array:
-    """Returns `winograd(x, kernel)`, in a form whose transpose, which JAX derives, is fast, too."""
-    y = jax.eval_shape(winograd, x, kernel)
-    return jax.linear_transpose(lambda dy: winograd_transposed(dy, kernel), y)(x)[0]
-
-
-def _direct(x: Array, kernel: Array) -> Array:
-    return lax.conv_general_dilated(x, kernel, (1, 1), [(1, 1), (1, 1)], dimension_numbers=_LAYOUT)
-
-
-def winograd(x: Array, kernel: Array) -> Array:
+def convolve(x: Array, kernel: Array) -> Array:
     """Convolves `(B, H, W, C)`, H and W even, with `(3, 3, C, features)`; the size is kept.
 
     By eq. (1) along both axes; outside of x there are zeros.
@@ -108,8 +48,8 @@ def winograd(x: Array, kernel: Array) -> Array:
     return _correlate(x, _transform_filters(kernel))
 
 
-def winograd_transposed(dy: Array, kernel: Array) -> Array:
-    """Returns the gradient of x of `winograd(x, kernel)`, from that of its result.
+def gradient(dy: Array, kernel: Array) -> Array:
+    """Returns the gradient of x of `convolve(x, kernel)`, from that of its result.
 
     It is a convolution with the filters turned around. Turned around along an axis, G g is itself
     in the order 3, 1, 2, 0: nothing is transformed anew.

@@ -74,7 +74,7 @@ def dense():
 @pytest.mark.parametrize(("count", "fsdp"), [(1, 1), (8, 1), (8, 8)])
 @pytest.mark.parametrize("resident", [False, True])
 def test_steps_in_one_dispatch_are_those_of_several(dense, monkeypatch, resident, count, fsdp):
-    monkeypatch.setattr(runtime, "scans_are_fast", lambda: True)
+    monkeypatch.setattr(runtime, "scans_steps", lambda: True)
     step, start = dense
     mesh = sharding.make_mesh(-1, fsdp, jax.devices()[:count])
     data = np.random.default_rng(1).normal(size=(40, 4, 4, 1)).astype(np.float32)
@@ -108,7 +108,7 @@ def test_steps_in_one_dispatch_are_those_of_several(dense, monkeypatch, resident
 
 
 def test_other_counts_than_those_at_once_are_taken_one_by_one(dense, monkeypatch):
-    monkeypatch.setattr(runtime, "scans_are_fast", lambda: True)
+    monkeypatch.setattr(runtime, "scans_steps", lambda: True)
     step, start = dense
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     advance = loop.compile_step(step, start, mesh, at_once=4)
@@ -130,7 +130,7 @@ def test_a_run_that_stops_on_the_way_is_the_same_however_its_steps_are_handed_ou
 
 def test_a_run_of_several_steps_in_one_dispatch_is_the_same(pointwise, tmp_path, monkeypatch):
     train.train(tiny(), tmp_path / "one")
-    monkeypatch.setattr(runtime, "scans_are_fast", lambda: True)
+    monkeypatch.setattr(runtime, "scans_steps", lambda: True)
     for name, resident in (("fed", False), ("resident", True)):
         config = tiny(train={"steps_per_dispatch": 4}, data={"resident": resident})
         train.train(config, tmp_path / name, until=3)  # amid a dispatch
