@@ -103,28 +103,44 @@ def _jvp(
     tangents: tuple[Array | SymbolicZero, Array | SymbolicZero],
 ) -> tuple[Array, Array]:
     (x, kernel), (dx, dkernel) = primals, tangents
+    # It is linear in both. What is not differentiated costs nothing.
+    changes = []
+    if not isinstance(dx, SymbolicZero):
+        changes.append(_linear_in_x(dx, kernel, strides, padding))
+    if not isinstance(dkernel, SymbolicZero):
+        changes.append(_linear_in_kernel(x, dkernel, strides, padding))
+    return _convolve(x, kernel, strides, padding), functools.reduce(jnp.add, changes)
+
+
+# On a CPU these two are transposes of the gradients below, so that JAX, which transposes them for
+# reverse mode, arrives at those. They are jitted to be traced once for all layers of one shape.
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _linear_in_x(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Array:
     direct = functools.partial(_direct, strides=strides, padding=padding)
     y = jax.eval_shape(direct, x, kernel)
 
-    def in_x(dx: Array, kernel: Array) -> Array:
+    def on_cpu(x: Array, kernel: Array) -> Array:
         if _by_winograd(x, kernel, strides, padding):
             gradient = functools.partial(winograd.gradient, kernel=kernel)
         else:
             gradient = functools.partial(_gradient_of_x, kernel, x.shape, strides, padding)
-        return jax.linear_transpose(gradient, y)(dx)[0]
+        return jax.linear_transpose(gradient, y)(x)[0]
 
-    def in_kernel(x: Array, dkernel: Array) -> Array:
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=direct)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _linear_in_kernel(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Array:
+    direct = functools.partial(_direct, strides=strides, padding=padding)
+    y = jax.eval_shape(direct, x, kernel)
+
+    def on_cpu(x: Array, kernel: Array) -> Array:
         gradient = functools.partial(_gradient_of_kernel, x, kernel.shape, strides, padding)
-        return jax.linear_transpose(gradient, y)(dkernel)[0]
+        return jax.linear_transpose(gradient, y)(kernel)[0]
 
-    # A convolution is linear in both. On a CPU these are transposes of the gradients below, so that
-    # JAX, which transposes them for reverse mode, arrives at those.
-    changes = []
-    if not isinstance(dx, SymbolicZero):
-        changes.append(lax.platform_dependent(dx, kernel, cpu=in_x, default=direct))
-    if not isinstance(dkernel, SymbolicZero):
-        changes.append(lax.platform_dependent(x, dkernel, cpu=in_kernel, default=direct))
-    return _convolve(x, kernel, strides, padding), functools.reduce(jnp.add, changes)
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=direct)
 
 
 def _gradient_of_x(

@@ -40,6 +40,7 @@ def pays(x: Array, kernel: Array) -> bool:
     return (channels >= 128 and positions >= 512) or (channels >= 32 and 512 <= positions <= 4096)
 
 
+@jax.jit
 def convolve(x: Array, kernel: Array) -> Array:
     """Convolves `(B, H, W, C)`, H and W even, with `(3, 3, C, features)`; the size is kept.
 
@@ -48,6 +49,7 @@ def convolve(x: Array, kernel: Array) -> Array:
     return _correlate(x, _transform_filters(kernel))
 
 
+@jax.jit
 def gradient(dy: Array, kernel: Array) -> Array:
     """Returns the gradient of x of `convolve(x, kernel)`, from that of its result.
 
