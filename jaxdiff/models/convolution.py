@@ -12,8 +12,9 @@ convolution of x with a kernel k, along one axis of stride s and padding p befor
 convolutions, too, of dy with s - 1 zeros between its values by k turned around, and of x by dy as a
 kernel whose values lie s apart, where examples and channels change places.
 
-So it is in reverse mode (training in microbatches, guidance by gradients, likelihoods). In forward
-mode (`jax.jvp`) it stays slow in loops on a CPU: JAX takes one rule for both.
+So it is in reverse mode (training in microbatches, guidance by gradients, likelihoods) where there
+is one device, or each computes its share by itself (`jax.shard_map`). In forward mode (`jax.jvp`)
+it is slow in loops on a CPU, then: JAX takes one rule for both.
 """
 
 from __future__ import annotations
@@ -103,13 +104,25 @@ def _jvp(
     tangents: tuple[Array | SymbolicZero, Array | SymbolicZero],
 ) -> tuple[Array, Array]:
     (x, kernel), (dx, dkernel) = primals, tangents
+    whole = _is_whole()
+    in_x = _linear_in_x if whole or _by_winograd(x, kernel, strides, padding) else _direct
+    in_kernel = _linear_in_kernel if whole else _direct
     # It is linear in both. What is not differentiated costs nothing.
     changes = []
     if not isinstance(dx, SymbolicZero):
-        changes.append(_linear_in_x(dx, kernel, strides, padding))
+        changes.append(in_x(dx, kernel, strides, padding))
     if not isinstance(dkernel, SymbolicZero):
-        changes.append(_linear_in_kernel(x, dkernel, strides, padding))
+        changes.append(in_kernel(x, dkernel, strides, padding))
     return _convolve(x, kernel, strides, padding), functools.reduce(jnp.add, changes)
+
+
+def _is_whole() -> bool:
+    """Returns whether the compiler has no devices to divide the program among.
+
+    It knows how to divide the gradients that JAX derives, by examples; those below it computes
+    whole on each device.
+    """
+    return jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
 
 
 # On a CPU these two are transposes of the gradients below, so that JAX, which transposes them for
@@ -126,7 +139,7 @@ def _linear_in_x(x: Array, kernel: Array, strides: Strides, padding: Padding) ->
             gradient = functools.partial(winograd.gradient, kernel=kernel)
         else:
             gradient = functools.partial(_gradient_of_x, kernel, x.shape, strides, padding)
-        return jax.linear_transpose(gradient, y)(x)[0]
+        return jax.linear_transpose(gradient, y)(_varying_as(kernel, x))[0]
 
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=direct)
 
@@ -138,9 +151,15 @@ def _linear_in_kernel(x: Array, kernel: Array, strides: Strides, padding: Paddin
 
     def on_cpu(x: Array, kernel: Array) -> Array:
         gradient = functools.partial(_gradient_of_kernel, x, kernel.shape, strides, padding)
-        return jax.linear_transpose(gradient, y)(kernel)[0]
+        return jax.linear_transpose(gradient, y)(_varying_as(x, kernel))[0]
 
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=direct)
+
+
+def _varying_as(other: Array, value: Array) -> Array:
+    """Returns the value, which in `shard_map` differs between devices where another does, too."""
+    wanted, given = (jax.typeof(a).manual_axis_type.varying for a in (other, value))
+    return lax.pcast(value, tuple(wanted - given), to="varying") if wanted - given else value
 
 
 def _gradient_of_x(

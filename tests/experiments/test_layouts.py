@@ -54,8 +54,8 @@ def start(module, devices, *arguments):
 
 def finish(*processes):
     outputs = [process.communicate(timeout=300)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    # One that fails ends the others: the output of all tells which it was.
+    assert not any(process.returncode for process in processes), "\n\n".join(outputs)
     return outputs
 
 

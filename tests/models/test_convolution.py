@@ -103,9 +103,16 @@ def convolutions(draw):
     )
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        yield
+
+
 @given(convolutions(), st.integers(0, 99))
 @settings(max_examples=12, deadline=None)
-def test_derivatives_are_exact_for_any_shape_stride_and_padding(shapes, seed):
+def test_derivatives_are_exact_for_any_shape_stride_and_padding(one_device, shapes, seed):
     (*shapes, how), axes = shapes, len(shapes[0]) - 2
     names = ("NHWD"[: 1 + axes] + "C", "HWD"[:axes] + "IO", "NHWD"[: 1 + axes] + "C")
     # Whole numbers, whose sums have no order.
@@ -126,7 +133,8 @@ def test_derivatives_are_exact_for_any_shape_stride_and_padding(shapes, seed):
 
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
-def test_gradients_have_the_layout_that_is_fast_in_loops(strides):
+def test_gradients_have_the_layout_that_is_fast_in_loops(strides, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     x, kernel = arrays((3, 8, 8, 4), (3, 3, 4, 5))
 
     def loss(x, kernel):
@@ -140,6 +148,29 @@ def test_gradients_have_the_layout_that_is_fast_in_loops(strides):
     lines = [line for line in program.compile().as_text().splitlines() if "dim_labels" in line]
     assert len(lines) == 3
     assert all("dim_labels=b01f_01io->b01f" in line for line in lines), lines
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_each_device_computes_its_share_of_a_gradient(mapped):
+    mesh = jax.sharding.Mesh(jax.devices()[:4], "data")
+    rows, whole = jax.P("data"), jax.P()
+    x, kernel = arrays((8, 8, 8, 4), (3, 3, 4, 8))
+    dy = jnp.sin(jnp.arange(8.0**4).reshape(8, 8, 8, 8))
+
+    def gradient_by(f, x, dy):
+        return jax.vjp(lambda kernel: f(x, kernel), kernel)[1](dy)[0]
+
+    gradient = functools.partial(
+        gradient_by, functools.partial(convolution.convolve, **SAME, **NHWC)
+    )
+    shares = jax.shard_map(gradient, mesh=mesh, in_specs=(rows, rows), out_specs=whole)
+    places = [jax.NamedSharding(mesh, spec) for spec in (rows, whole)]
+    divided = jax.jit(
+        shares if mapped else gradient, in_shardings=(places[0],) * 2, out_shardings=places[1]
+    )
+    assert divided.lower(x, dy).compile().cost_analysis()["flops"] < 0.3 * counted(gradient, x, dy)
+    expected = gradient_by(plain, x, dy)
+    np.testing.assert_allclose(divided(x, dy), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_what_is_not_differentiated_costs_nothing():
