@@ -9,6 +9,8 @@ import jax
 import pytest
 from hypothesis import settings
 
+from tests import quick_to_compile
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -22,16 +24,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
-settings.register_profile("jaxdiff", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("jaxdiff", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("jaxdiff")
-
-# The least effort of XLA: the programs of most tests are small, run a few times and took most of
-# their time to compile, which takes about a fifth of it so. Slow tests run long: not for them.
-QUICK_TO_COMPILE = (
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_parallel_codegen_split_count=1",
-)
 
 
 def pytest_configure(config):
@@ -42,10 +36,10 @@ def pytest_configure(config):
     # they are the longest: one worker would wait for the other.
     if "not slow" in config.option.markexpr:
         config.option.loadscopereorder = False
-    # Only where they are known: another flag ends the process.
-    if "not slow" in config.option.markexpr and jax.__version_info__[:2] == (0, 10):
+    # Slow tests run long: not for them, unless they say so.
+    if "not slow" in config.option.markexpr:
         flags = os.environ.get("XLA_FLAGS", "").split()
-        flags += [flag for flag in QUICK_TO_COMPILE if flag not in flags]
+        flags += [flag for flag in quick_to_compile.FLAGS if flag not in flags]
         os.environ["XLA_FLAGS"] = " ".join(flags)
 
 

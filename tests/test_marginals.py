@@ -217,18 +217,18 @@ def test_mixture_distribution_at_every_node(name, num_steps):
 OTHERS = ["sde_dpm_solver_pp_2m", "predictor_corrector", "corrected_ddim"]
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "ddim_0.5", "ddim_1", *OTHERS])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", *OTHERS])
 def test_mixture_at_many_steps_is_the_process(name):
     # 2M has in 250 steps the error that those of first order have in 1000.
     num_steps = 250 if SOLVERS[name].solver.one_path else 1000
     every = num_steps // 50
     grid = grids.trailing(SCHEDULE, num_steps)
-    states = draw(MIXTURE, SOLVERS[name].solver, grid, 8000, every=every)
+    states = draw(MIXTURE, SOLVERS[name].solver, grid, 4000, every=every)
     nodes = points(grid)[every::every]
     distances = [
         distance(x, partial(mixture_cdf, node=node)) for x, node in zip(states, nodes, strict=True)
     ]
-    assert max(distances) < ks_bound(8000, len(nodes)) + 0.005  # 0.005: the error of 1000 steps
+    assert max(distances) < ks_bound(4000, len(nodes)) + 0.005  # 0.005: the error of 1000 steps
 
 
 def test_the_wrong_formula_fails_on_the_mixture_too():

@@ -106,7 +106,7 @@ def test_trajectories_are_those_of_the_flow_of_gaussian_data(name):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("num_steps", [1, 2, 30])
+@pytest.mark.parametrize("num_steps", [1, 30])
 def test_a_point_mass_is_hit_exactly(name, num_steps):
     point = np.array([0.5, -0.25, 1.0])
     exact = denoisers.point_mass(point)
@@ -179,12 +179,12 @@ def test_batched_nodes_give_what_scalar_nodes_give(name):
     times = jnp.array([[500, 30], [400, 20], [300, 10]])
 
     def run(keys, x, times):
-        state = solver.init(x, SCHEDULE.at(times[0]))
-        for i, (t, s) in enumerate(itertools.pairwise(times)):
+        def step(state, i):
             step_keys = rng.stream(keys, rng.Stream.STEP, i)
-            now, next = SCHEDULE.at(t), SCHEDULE.at(s)
-            state, _ = solver.step(step_keys, MIXTURE.denoiser, state, now, next)
-        return state.x
+            now, next = SCHEDULE.at(times[i]), SCHEDULE.at(times[i + 1])
+            return solver.step(step_keys, MIXTURE.denoiser, state, now, next)[0], None
+
+        return jax.lax.scan(step, solver.init(x, SCHEDULE.at(times[0])), jnp.arange(2))[0].x
 
     keys = rng.per_example(jax.random.key(1), jnp.arange(2))
     both = jax.jit(run)(keys, x, times)

@@ -30,7 +30,7 @@ from experiments import (
     training_speed,
 )
 from experiments.config import default
-from tests import small_runs
+from tests import quick_to_compile, small_runs
 
 
 def tiny(**changes):
@@ -655,7 +655,10 @@ def test_the_command_itself(tmp_path):
         command = [sys.executable, "-m", "experiments.benchmark", name, "--size=digits"]
         options = [*options, "--batch_size=8"]
         done = subprocess.run(
-            [*command, "--repeats=1", f"--json={path}", *options], capture_output=True, text=True
+            [*command, "--repeats=1", f"--json={path}", *options],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "XLA_FLAGS": " ".join(quick_to_compile.FLAGS)},
         )
         assert done.returncode == 0, done.stderr
         assert "digits" in done.stdout

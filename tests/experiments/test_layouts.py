@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,14 +15,9 @@ pytest.importorskip("grain")
 pytest.importorskip("ml_collections")
 
 from experiments import report, runs
+from tests import quick_to_compile
 
 ROOT = Path(__file__).parents[2]
-# As in tests/conftest.py: most of the time here is XLA's, too.
-QUICK_TO_COMPILE = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    if jax.__version_info__[:2] == (0, 10)
-    else ""
-)
 SMALL = [
     "--config.model.channels=16", "--config.model.channel_multipliers=(1,)",
     "--config.model.dropout=0.1", "--config.data.flip=True", "--config.train.batch_size=16",
@@ -44,8 +38,8 @@ def data_dir(tmp_path_factory):
 
 def start(module, devices, *arguments):
     """Starts a command on so many virtual devices."""
-    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    flags = [f"--xla_force_host_platform_device_count={devices}", *quick_to_compile.FLAGS]
+    environment = {**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -90,21 +84,12 @@ def train(workdir, devices, *arguments, steps=20):
     )  # fmt: skip
 
 
-LAYOUTS = {"1": (1, 1), "4 fsdp 2": (4, 2), "8": (8, 1), "8 fsdp 8": (8, 8)}
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The same run in all layouts, a process each, and in two processes of two devices."""
+    """The same run on one device, on eight, and in two processes of two devices."""
     folder = tmp_path_factory.mktemp("runs")
-    layouts = {name: folder / name.replace(" ", "_") for name in LAYOUTS}
-    waiting = []
-    for name, (devices, fsdp) in LAYOUTS.items():
-        waiting.append(train(layouts[name], devices, f"--config.mesh.fsdp={fsdp}"))
-        if len(waiting) == 2:
-            finish(*waiting)
-            waiting = []
-    finish(*waiting)
+    layouts = {name: folder / name for name in ("1", "8")}
+    finish(*(train(workdir, int(name)) for name, workdir in layouts.items()))
     for name, fsdp in (("two processes", 1), ("two processes fsdp 4", 4)):
         layouts[name] = folder / name.replace(" ", "_")
         in_two(

