@@ -650,18 +650,16 @@ def test_the_peak_of_memory_can_be_forgotten():
 
 @pytest.mark.slow
 def test_the_command_itself(tmp_path):
-    for name, options in (("train", ["--train_steps=2"]), ("sample", ["--steps=2"])):
-        path = tmp_path / f"{name}.json"
-        command = [sys.executable, "-m", "experiments.benchmark", name, "--size=digits"]
-        options = [*options, "--batch_size=8"]
-        done = subprocess.run(
-            [*command, "--repeats=1", f"--json={path}", *options],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "XLA_FLAGS": " ".join(quick_to_compile.FLAGS)},
-        )
-        assert done.returncode == 0, done.stderr
-        assert "digits" in done.stdout
-        found = json.loads(path.read_text())[name]["digits"]
-        assert found["run"]["parameters"] == 1_001_729
-        assert found["images_per_second"] > 0
+    path = tmp_path / "found.json"
+    command = [sys.executable, "-m", "experiments.benchmark", "train", f"--json={path}"]
+    done = subprocess.run(
+        [*command, "--size=digits", "--repeats=1", "--train_steps=2", "--batch_size=8"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": " ".join(quick_to_compile.FLAGS)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "digits" in done.stdout
+    found = json.loads(path.read_text())["train"]["digits"]
+    assert found["run"]["parameters"] == 1_001_729
+    assert found["images_per_second"] > 0

@@ -14,7 +14,10 @@ spec = importlib.util.spec_from_file_location("chaos", Path(__file__).with_name(
 chaos = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(chaos)
 
-SHORT = [*chaos.SMALL, "--config.train.num_steps=1500", "--config.train.checkpoint_every=75"]
+SHORT = [
+    *chaos.SMALL, "--config.train.num_steps=1000", "--config.train.checkpoint_every=50",
+    "--config.train.sample_every=0",
+]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -73,10 +73,6 @@ def losses(workdir):
     return [json.loads(line)["loss"] for line in lines]
 
 
-def sha256(workdir):
-    return json.loads((workdir / "run.json").read_text())["sha256"]
-
-
 def train(workdir, devices, *arguments, steps=20):
     return start(
         "train", devices, f"--workdir={workdir}", f"--config.train.num_steps={steps}",
@@ -115,7 +111,7 @@ def test_every_layout_gives_the_same_losses_and_samples(trained):
 def test_a_run_on_eight_devices_goes_on_on_others(trained, tmp_path):
     first = tmp_path / "first"
     finish(train(first, 8, "--config.mesh.fsdp=8", steps=10))
-    kept, reference = sha256(first), losses(trained["1"])
+    reference = losses(trained["1"])
 
     def copy(name):
         return shutil.copytree(first, tmp_path / name)
@@ -123,11 +119,8 @@ def test_a_run_on_eight_devices_goes_on_on_others(trained, tmp_path):
     longer = "--allow_config_change"
     finish(train(copy("1"), 1, longer), train(copy("4"), 4, "--config.mesh.fsdp=2", longer))
     both = [f"--workdir={copy('processes')}", *SMALL, "--config.mesh.fsdp=4"]
-    # Restored and not trained further, the parameters are the same bit for bit.
-    outputs = in_two("train", 2, *both, "--config.train.num_steps=10")
+    outputs = in_two("train", 2, *both, "--config.train.num_steps=20", longer)
     assert "resumed from the checkpoint of step 10" in outputs[0]
-    assert sha256(tmp_path / "processes") == kept
-    in_two("train", 2, *both, "--config.train.num_steps=20", longer)
     for name in ("1", "4", "processes"):
         np.testing.assert_allclose(losses(tmp_path / name), reference, rtol=1e-5, err_msg=name)
 

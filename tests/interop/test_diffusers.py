@@ -1,5 +1,6 @@
 """Directories of diffusers without diffusers; `test_against_diffusers_models` is with it."""
 
+import functools
 import json
 import pickle
 
@@ -9,8 +10,15 @@ import numpy as np
 import pytest
 
 from jaxdiff import denoisers, guidance, interop, rng, sampling, schedules, solvers
-from jaxdiff.interop import _unet2d, load_diffusers, read_tensors, save_diffusers, write_tensors
-from jaxdiff.interop._parameters import shapes_of, to_tensors
+from jaxdiff.interop import (
+    _parameters,
+    _unet2d,
+    load_diffusers,
+    read_tensors,
+    save_diffusers,
+    write_tensors,
+)
+from jaxdiff.interop._parameters import to_tensors
 from jaxdiff.models import UNet
 from tests.interop import torch_bytes as tb
 
@@ -27,6 +35,7 @@ CONFIG = {
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
 }
 SCHEDULER = {"_class_name": "DDPMScheduler", "num_train_timesteps": 100}
+shapes_of = functools.cache(_parameters.shapes_of)  # half a second each
 
 
 def tensors_of(config, old=False, seed=0):
