@@ -50,3 +50,10 @@ def pytest_configure(config):
 def _keys_are_used_once(request):
     """Checks keys in the library's tests; some of experiments would take nearly twice as long."""
     jax.config.update("jax_debug_key_reuse", "experiments" not in request.path.parts)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_forgotten():
+    """A file's are of no use to the next. They came to 4 GB, in which garbage is looked for."""
+    yield
+    jax.clear_caches()

@@ -10,6 +10,8 @@ import pytest
 pytest.importorskip("grain")
 pytest.importorskip("ml_collections")
 
+from tests import quick_to_compile
+
 spec = importlib.util.spec_from_file_location("chaos", Path(__file__).with_name("chaos.py"))
 chaos = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(chaos)
@@ -21,7 +23,8 @@ SHORT = [
 
 
 @pytest.mark.slow
-def test_five_kills_and_damage_change_nothing(tmp_path):
+def test_five_kills_and_damage_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", " ".join(quick_to_compile.FLAGS))
     reference = chaos.finish(tmp_path / "reference", SHORT)
     tally, rng = collections.Counter(), random.Random(0)
     killed = tmp_path / "killed"
