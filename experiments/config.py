@@ -99,6 +99,7 @@ def default() -> ConfigDict:
                 "mid_attention_norm": True,
                 "vector_dim": config_dict.placeholder(int),  # of conditions; tables bring their own
                 "dtype": "float32",
+                "flash_attention": False,  # by cuDNN on NVIDIA GPUs; not with float32
                 "remat": False,
             },
             "optimizer": {

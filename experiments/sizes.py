@@ -95,6 +95,7 @@ def make(name: str, *, dtype: str = "float32", batch_size: int | None = None) ->
                 "num_res_blocks": 2,
                 "attention_levels": (network.attention,),
                 "dtype": dtype,
+                "flash_attention": dtype != "float32",
             },
             "optimizer": {"clip_norm": 0.0},
             "train": {"batch_size": to_train},

@@ -11,6 +11,7 @@ result; what the result is off the mask, nobody may read.
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -326,6 +327,54 @@ class ResidualBlock(nn.Module):
         return x + h
 
 
+def attend(
+    query: Array, key: Array, value: Array, mask: Array | None = None, *, flash: bool = False
+) -> Array:
+    """Returns softmax(query key^T / sqrt(H)) value, of each head.
+
+    Args:
+      query: `(B, T, N, H)`, N heads of H channels.
+      key: `(B, S, N, H)`.
+      value: `(B, S, N, H)`.
+      mask: bool `(B, S)`, True where there is something to attend to; None means everywhere.
+      flash: whether cuDNN computes it in programs for NVIDIA GPUs, where the weights `(T, S)` are
+        then never in memory (Dao et al. 2022), if cuDNN is installed and takes these arguments:
+        float16 or bfloat16, H a multiple of 8 and at most 128, on Hopper and later 256. All else,
+        and every other device, is computed by XLA. What cuDNN computes has a gradient, but no
+        derivative forwards, nor a second one.
+
+    Returns:
+      `(B, T, N, H)`.
+
+    Raises:
+      ValueError: `flash` with another type than float16 or bfloat16.
+    """
+    by_xla = jax.nn.dot_product_attention
+    if mask is not None:
+        mask = mask[:, None, None, :]
+    if not flash:
+        return by_xla(query, key, value, mask=mask)
+    half = (jnp.bfloat16, jnp.float16)
+    cure = "compute in bfloat16, or leave flash attention off"
+    check(
+        query.dtype in half, "dtype", "bfloat16 or float16 for flash attention", query.dtype, cure
+    )
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
+    by_cudnn = functools.partial(by_xla, implementation="cudnn")
+    try:
+        jax.eval_shape(by_cudnn, query, key, value, mask=mask)
+    except (RuntimeError, NotImplementedError):  # no cuDNN; or it does not take such heads
+        return by_xla(query, key, value, mask=mask)
+    return jax.lax.platform_dependent(
+        query,
+        key,
+        value,
+        cuda=functools.partial(by_cudnn, mask=mask),
+        default=functools.partial(by_xla, mask=mask),
+    )
+
+
 class AttentionBlock(nn.Module):
     """Attention from all positions to one another, or to tokens, around which the input is added.
 
@@ -335,6 +384,7 @@ class AttentionBlock(nn.Module):
       num_heads: into how many heads the channels are divided.
       norm: makes a normalisation, `(x, mask) -> array like x`; None means none.
       dtype: of the computation; the softmax is float32.
+      flash: whether cuDNN computes it on NVIDIA GPUs; see `attend`.
 
     Reference:
       Vaswani et al. 2017, section 3.2; to tokens, Rombach et al. 2022, section 3.3.
@@ -343,6 +393,7 @@ class AttentionBlock(nn.Module):
     num_heads: int = 1
     norm: Callable[..., nn.Module] | None = GroupNorm
     dtype: Any = jnp.float32
+    flash: bool = False
 
     @nn.compact
     def __call__(
@@ -385,11 +436,8 @@ class AttentionBlock(nn.Module):
             y = dense(channels, dtype=self.dtype, name=name)(y)
             return y.reshape(*y.shape[:2], self.num_heads, channels // self.num_heads)
 
-        h = jax.nn.dot_product_attention(
-            heads("query", h),
-            heads("key", source),
-            heads("value", source),
-            mask=None if mask is None else mask[:, None, None, :],
+        h = attend(
+            heads("query", h), heads("key", source), heads("value", source), mask, flash=self.flash
         )
         h = dense(channels, kernel_init=ZERO_INIT, dtype=self.dtype, name="out")(
             h.reshape(batch, -1, channels)

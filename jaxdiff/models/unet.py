@@ -84,6 +84,8 @@ class UNet(nn.Module):
       resample_blocks: whether residual blocks change the resolution (Dhariwal & Nichol 2021)
         instead of single convolutions: `down_0_downsample` and `up_1_upsample` are then blocks.
       mid_attention_norm: whether the attention in the middle is normalised, as all others are.
+      flash_attention: whether cuDNN computes attention on NVIDIA GPUs, in bfloat16 or float16;
+        `attend` says when, and what derivatives that leaves. Elsewhere it changes nothing.
       dtype: of the computation; parameters, statistics and the output are float32.
       remat: whether to compute the blocks' activations anew on the way back, to save memory; it
         changes nothing else. (XLA's compiler for CPUs undoes it.)
@@ -114,6 +116,7 @@ class UNet(nn.Module):
     downsample_padding: int = 0
     resample_blocks: bool = False
     mid_attention_norm: bool = True
+    flash_attention: bool = False
     dtype: Any = jnp.float32
     remat: bool = False
 
@@ -184,12 +187,11 @@ class UNet(nn.Module):
             cls = nn.remat(AttentionBlock) if self.remat else AttentionBlock
             heads = h.shape[-1] // self.head_dim if self.head_dim else self.num_heads
             own = None if name == "mid_attention" and not self.mid_attention_norm else norm
-            h = cls(heads, own, self.dtype, name=name)(h, x_mask=masks[level])
+            make = functools.partial(cls, heads, dtype=self.dtype, flash=self.flash_attention)
+            h = make(own, name=name)(h, x_mask=masks[level])
             if told.sequence is not None:
                 name = name.replace("attention", "cross_attention")
-                h = cls(heads, norm, self.dtype, name=name)(
-                    h, told.sequence, told.sequence_mask, masks[level]
-                )
+                h = make(norm, name=name)(h, told.sequence, told.sequence_mask, masks[level])
             return h
 
         last = len(self.channel_multipliers) - 1

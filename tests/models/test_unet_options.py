@@ -3,12 +3,21 @@
 Whole networks with them are compared with those libraries' in `tests/interop`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.models import GroupNorm, ResidualBlock, UNet, sinusoidal_embedding, upsample_nearest
+from jaxdiff.models import (
+    GroupNorm,
+    ResidualBlock,
+    UNet,
+    layers,
+    sinusoidal_embedding,
+    upsample_nearest,
+)
 from jaxdiff.models.layers import AttentionBlock, convolution, downsample_mean
 
 SMALL = dict(
@@ -100,6 +109,59 @@ def test_attention_without_a_normalisation():
     weights /= weights.sum(-1, keepdims=True)
     expected = x + (weights @ v) @ p["out"]["kernel"] + p["out"]["bias"]
     np.testing.assert_allclose(module.apply(params, x), expected, atol=1e-5)
+
+
+def test_flash_attention_is_attention():
+    # cuDNN's where there is a GPU, elsewhere the very same program.
+    x, t = draw(0, (2, 16, 2)), jnp.array([3, 700])
+    plain = UNet(**SMALL, dtype=jnp.bfloat16)
+    params = scrambled(plain, x, t)
+    flash = plain.clone(flash_attention=True)
+    assert jax.eval_shape(flash.init, jax.random.key(0), x, t) == jax.eval_shape(
+        plain.init, jax.random.key(0), x, t
+    )
+    mask = {"mask": jnp.asarray(np.arange(16) < np.array([16, 6])[:, None])}
+    for cond in (None, mask):
+        gradients = (
+            jax.grad(lambda p, m=model, c=cond: jnp.mean(jnp.square(m.apply(p, x, t, c))))(params)
+            for model in (flash, plain)
+        )
+        for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+            np.testing.assert_allclose(one, other, rtol=0.1, atol=0.02 * np.abs(other).max())
+    with pytest.raises(ValueError, match=r"dtype must be bfloat16 or float16 .* got float32"):
+        UNet(**SMALL, flash_attention=True).apply(params, x, t)
+
+
+def test_flash_attention_is_by_cudnn_where_it_can_and_on_its_devices_alone(monkeypatch):
+    by_xla = jax.nn.dot_product_attention
+
+    def stand_in(query, key, value, *, mask, implementation=None):
+        if implementation is None:
+            return by_xla(query, key, value, mask=mask)
+        if no_cudnn:
+            raise RuntimeError("cuDNN is not detected.")
+        if query.shape[-1] > 128:
+            raise NotImplementedError("The head dim must be <= 128")
+        assert implementation == "cudnn"
+        assert mask is None or mask.shape == (2, 1, 5, 7)
+        return jnp.cos(query)  # nothing else has one
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+
+    def text(platform, width, mask=None, **options):
+        shapes = [jax.ShapeDtypeStruct((2, n, 1, width), jnp.bfloat16) for n in (5, 7, 7)]
+        function = jax.jit(functools.partial(layers.attend, mask=mask, **options))
+        return function.trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+
+    no_cudnn, mask = False, jnp.ones((2, 7), bool)
+    assert "cosine" in text("cuda", 128, flash=True)
+    assert "cosine" in text("cuda", 128, mask, flash=True)
+    for platform in ("cpu", "tpu"):
+        assert "cosine" not in text(platform, 128, flash=True)
+    assert "cosine" not in text("cuda", 256, flash=True)
+    assert "cosine" not in text("cuda", 128)
+    no_cudnn = True
+    assert "cosine" not in text("cuda", 128, flash=True)
 
 
 def test_each_option_is_heard_and_has_the_parameters_that_it_says():
