@@ -12,8 +12,6 @@ from jaxdiff.base import Node, Solver
 SCHEDULE = schedules.linear()
 WEIGHTS, MEANS, STDS = [0.5, 0.3, 0.2], [0.0, 1.0, -0.6], [0.2, 0.1, 0.3]
 MIXTURE = denoisers.gaussian_mixture(WEIGHTS, np.array(MEANS)[:, None], STDS)
-# For what runs longer than it compiles: the effort of XLA that tests/conftest.py saves elsewhere.
-LONG = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 
 
 class Case(NamedTuple):

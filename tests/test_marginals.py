@@ -18,7 +18,8 @@ from scipy import special, stats
 from jaxdiff import denoisers, grids, rng, sampling, solvers
 from jaxdiff.base import Info, Solver, SolverState
 from jaxdiff.predictions import eps_from_x0
-from tests.solver_table import LONG, MEANS, MIXTURE, SCHEDULE, SOLVERS, STDS, WEIGHTS
+from tests import quick_to_compile
+from tests.solver_table import MEANS, MIXTURE, SCHEDULE, SOLVERS, STDS, WEIGHTS
 
 MEAN, STD = 0.6, 0.4
 GAUSSIAN = denoisers.gaussian([MEAN], [STD])
@@ -68,7 +69,9 @@ def points(grid):
 def draw(exact, solver, grid, num, every=1, seed=0):
     """States at the nodes after the first, `(K, num)`, started from the true marginal."""
 
-    @partial(jax.jit, compiler_options=LONG if every > 1 or solver.one_path else None)
+    @partial(
+        jax.jit, compiler_options=quick_to_compile.FULL if every > 1 or solver.one_path else None
+    )
     def run():
         keys = rng.per_example(jax.random.key(seed), jnp.arange(num))
         noise = rng.normal(rng.stream(keys, rng.Stream.START), (1,))

@@ -10,7 +10,8 @@ from scipy.integrate import solve_ivp
 
 from jaxdiff import denoisers, grids, rng, sampling, schedules, solvers
 from jaxdiff.base import Node, Prediction, SolverState
-from tests.solver_table import LONG, MIXTURE, SCHEDULE, SOLVERS, vp_grid
+from tests import quick_to_compile
+from tests.solver_table import MIXTURE, SCHEDULE, SOLVERS, vp_grid
 
 DETERMINISTIC = [name for name, case in SOLVERS.items() if case.order]
 
@@ -206,7 +207,7 @@ def test_an_sde_solver_follows_one_path_on_all_grids():
                 lambda: sampling.sample(
                     jax.random.key(0), MIXTURE.denoiser, solver, grid, (500, 1)
                 ),
-                compiler_options=LONG if solver.one_path else None,
+                compiler_options=quick_to_compile.FULL if solver.one_path else None,
             )()
 
         xs = [run(n) for n in (62, 250, 500, 1000)]
@@ -327,7 +328,7 @@ def test_moves_towards_noise_are_forward_noising_and_ask_nothing():
             lambda x, solver=solver: sampling.walk(
                 keys, exact.denoiser, solver, grid, x, trajectory_every=1
             ),
-            compiler_options=LONG if solver.one_path else None,
+            compiler_options=quick_to_compile.FULL if solver.one_path else None,
         )(grid.sigma[0] * rng.normal(rng.stream(keys, rng.Stream.START), (1,)))
         assert int(record.evaluations) == 98  # of 99 moves
         x = np.asarray(record.x[..., 0])

@@ -97,6 +97,10 @@ def moments(features: Array, mask: Array | None = None) -> Moments:
     count = mask.sum(dtype=xp.int32 if on_device else xp.int64)
     n = xp.maximum(count, 1).astype(x.dtype)
     mean = xp.where(rows, x, 0).sum(0) / n
+    if on_device:
+        # Near the mean and rounded for certain: a quotient may be taken off x before it is rounded.
+        kind = jnp.finfo(x.dtype)
+        mean = jax.lax.reduce_precision(mean, kind.nexp, kind.nmant - 1)
     with np.errstate(invalid="ignore"):  # what is not finite stays so, and `gaussian` refuses it
         centred = xp.where(rows, x - mean[None], 0)
         low = centred.sum(0) / n  # the mean's rounding error, to be seen once it is taken off

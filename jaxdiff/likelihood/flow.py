@@ -122,8 +122,8 @@ def probability_flow(
       >>> exact = denoisers.gaussian([0.0, 0.0], 0.5)
       >>> flow = jax.jit(lambda x: probability_flow(
       ...     jax.random.key(0), exact.denoiser, schedules.vp_cosine(), x))
-      >>> print(f"{flow(jnp.array([[0.5, -1.0]])).log_density[0]:.3f}")  # log N(x; 0, 0.25)
-      -2.952
+      >>> print(f"{flow(jnp.array([[0.5, -1.0]])).log_density[0]:.2f}")  # log N(x; 0, 0.25)
+      -2.95
     """
     diffrax = load_diffrax("likelihood.probability_flow")
     check_accuracy(rtol, atol, max_steps)

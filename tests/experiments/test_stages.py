@@ -13,7 +13,7 @@ pytest.importorskip("ml_collections")
 from experiments import build, runs, train, trained
 from experiments.configs import digits
 from jaxdiff.training import sharding
-from tests import small_runs
+from tests import quick_to_compile, small_runs
 
 
 @pytest.fixture
@@ -215,8 +215,7 @@ def test_the_state_is_divided_by_the_compilers_own_account():
         sharding.placed(like, places), {"x0": batch}
     )
     # However little XLA optimises it, its arguments are the same.
-    little = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    analysis = lowered.compile(compiler_options=little).memory_analysis()
+    analysis = lowered.compile(compiler_options=quick_to_compile.LITTLE).memory_analysis()
     held = analysis.argument_size_in_bytes - 32 * 8 * 8 * 4 // 8
     assert analysis.alias_size_in_bytes >= 0.99 * held  # updated in place
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))

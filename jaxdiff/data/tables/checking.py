@@ -161,8 +161,8 @@ def dates_of(series: Series) -> np.ndarray:
         texts = pd.Series(np.where(zoned, None, values))
         values = pd.to_datetime(texts, errors="coerce", format="ISO8601").to_numpy()
     elif kind != "datetime":
-        return np.full(len(values), np.datetime64("NaT"), "datetime64[us]")
-    return np.where(missing, np.datetime64("NaT"), values.astype("datetime64[us]"))
+        return np.full(len(values), np.datetime64("NaT", "us"))
+    return np.where(missing, np.datetime64("NaT", "us"), values.astype("datetime64[us]"))
 
 
 def _check_names(frame: DataFrame, schema: Schema) -> None:
