@@ -23,28 +23,26 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from experiments import build, chips, drawing, runtime
+from experiments import build, chips, drawing, hlo, runtime
 from experiments.config import default
 from jaxdiff.base import PyTree
 from jaxdiff.training import TrainState, sharding
-
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
 
 
 def devices_of(topology: chips.Topology) -> Sequence[Any]:
     """Returns the devices of a topology, to be compiled for.
 
-    Those of a TPU slice need libtpu, but no TPU; for others as many CPU devices stand in, which
-    must not have been started yet.
+    Those of a TPU slice need libtpu, but no TPU; GPUs need JAX's plugin for CUDA, but no GPU.
+    Without it, and for others, as many CPU devices stand in, which must not have been started yet.
     """
+    if topology.kind == "gpu" and chips.compiles_for_gpus():
+        jax.devices("cpu")  # finds the plugin
+        return topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="",
+            target_config=chips.gpu_target(topology.name),
+            topology=f"1x1x{topology.devices}",
+        ).devices
     if topology.kind != "tpu":
         jax.config.update("jax_num_cpu_devices", topology.devices)
         return jax.devices("cpu")
@@ -87,7 +85,7 @@ def measure(config: ConfigDict, topology: chips.Topology, shape: tuple[int, ...]
             step,
             donate_argnums=0,
             out_shardings=(places, sharding.everywhere(mesh)),
-            compiler_options=runtime.compiler_options() if topology.kind == "cpu" else None,
+            compiler_options=runtime.compiler_options(),
         )
         state = sharding.placed(like, places)
         rows = sharding.placed(batch, sharding.rows(mesh))
@@ -114,11 +112,12 @@ def measure(config: ConfigDict, topology: chips.Topology, shape: tuple[int, ...]
         "stages": stages,
     }
     if config.sample.num:
+        parts = runtime.parts((config.sample.batch_size, *shrunk))
         found["sample"] = compiled_costs(
             f"the sampler for {where}",
             *samplers(stage, shrunk, mesh),
             (state.ema, 0),
-            passes=drawing.make_grid(stage).sigma.shape[0] - 1,
+            passes=parts * (drawing.make_grid(stage).sigma.shape[0] - 1),
         )
     return found
 
@@ -132,6 +131,7 @@ def samplers(config: ConfigDict, shape: tuple[int, ...], mesh: Mesh) -> tuple[An
     compiled = jax.jit(
         lambda params, first_index: draw(sharding.gathered(mesh, params), first_index),
         out_shardings=sharding.rows(mesh) if divides else sharding.everywhere(mesh),
+        compiler_options=runtime.compiler_options(),
     )
     return compiled, draw
 
@@ -199,13 +199,17 @@ def compiled_costs(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        # Of the whole program, before it is divided and fused: its bytes would mean nothing.
-        with as_accelerators_do():
-            whole = jax.jit(plain).lower(*jax.tree.map(_unplaced, args)).cost_analysis()
-        parts = jax.tree.leaves(args)[0].sharding.num_devices
-        return {**out_of_memory(str(error)), "flops": passes * whole["flops"] / parts}
+        return {**out_of_memory(str(error)), "flops": passes * _flops(plain, args)}
     print(f"plan: compiled {what} in {time.perf_counter() - start:.0f} s", flush=True)
-    return costs(compiled, passes)
+    found = costs(compiled, passes)
+    return found if "flops" in found else {"flops": passes * _flops(plain, args), **found}
+
+
+def _flops(plain: Any, args: tuple[Any, ...]) -> float:
+    """Returns a device's share of the whole program, before that is divided and fused."""
+    with as_accelerators_do():
+        whole = jax.jit(plain).lower(*jax.tree.map(_unplaced, args)).cost_analysis()
+    return whole["flops"] / jax.tree.leaves(args)[0].sharding.num_devices
 
 
 def as_accelerators_do() -> contextlib.AbstractContextManager:
@@ -229,51 +233,22 @@ def costs(compiled: jax.stages.Compiled, passes: int = 1) -> dict[str, float]:
       "flops" and "bytes", read from and written to memory as the compiler counts them, times
       `passes`; "between_devices", bytes of the results of collectives; and "arguments", "outputs",
       "aliased" (outputs that take the place of arguments), "temporaries" and "program", bytes of
-      memory.
+      memory. Of GPUs that are not there the compiler does not count: "flops" are missing, "bytes"
+      are `hlo.traffic`'s, and "kernels" says how many there are.
     """
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    return {
-        "flops": passes * cost["flops"],
-        "bytes": passes * cost["bytes accessed"],
-        "between_devices": collective_bytes(compiled.as_text(), passes),
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    if cost is None:
+        counted = hlo.traffic(text, passes)._asdict()
+    else:
+        counted = {"flops": passes * cost["flops"], "bytes": passes * cost["bytes accessed"]}
+    return counted | {
+        "between_devices": hlo.collective_bytes(text, passes),
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
     }
-
-
-def collective_bytes(text: str, passes: int = 1) -> int:
-    """Returns the bytes of the results of all collectives in the text of a compiled program.
-
-    Those in a loop, or in what it calls, count `passes` times. One that is started and awaited, or
-    stands in several fusions, counts once, by its channel.
-    """
-    parts = re.findall(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{\n((?:.*\n)*?)\}", text, re.MULTILINE)
-    bodies = dict(parts)
-    looped, found = set(), set(re.findall(r"\bbody=%?([\w.-]+)", text))
-    while found:
-        looped |= found
-        called = {name for body in found for name in re.findall(r"%([\w.-]+)", bodies[body])}
-        found = (called & bodies.keys()) - looped
-    total, names, counted = 0, "|".join(COLLECTIVES), set()
-    for name, body in bodies.items():
-        for shapes, started, rest in re.findall(rf"= (.*?) (?:{names})(-start)?\((.*)", body):
-            channel = re.search(r"channel_id=(\d+)", rest)
-            if channel and channel[1] in counted:
-                continue
-            counted |= {channel[1]} if channel else set()
-            sizes = [_bytes(*shape) for shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)]
-            # The result of one that is started may hold its operands, too.
-            size = max(sizes, default=0) if started else sum(sizes)
-            total += size * (passes if name in looped else 1)
-    return total
-
-
-def _bytes(dtype: str, sides: str) -> int:
-    bits = 8 if dtype == "pred" else int((re.search(r"\d+", dtype) or ["0"])[0])
-    return math.prod(int(side) for side in sides.split(",") if side) * bits // 8
 
 
 def out_of_memory(message: str) -> dict[str, Any]:
@@ -295,8 +270,9 @@ def main(folder: Path) -> None:
     config.update(request["config"])
     try:
         topology = chips.parse(request["topology"])
-        stands_in = as_accelerators_do() if topology.kind == "gpu" else contextlib.nullcontext()
-        with stands_in:
+        stands_in = topology.kind == "gpu" and not chips.compiles_for_gpus()
+        network = as_accelerators_do() if stands_in else contextlib.nullcontext()
+        with runtime.made_for(topology.kind), network:
             found = measure(config, topology, tuple(request["shape"]))
     except (TypeError, ValueError) as error:
         if os.environ.get("JAXDIFF_TRACEBACK"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from typing import NamedTuple
@@ -80,6 +81,61 @@ GPUS = {
     "H100": _gpu(989, 494, 3350, 80),
     "H200": _gpu(989, 494, 4800, 141),
 }
+
+
+class _Cuda(NamedTuple):
+    """What XLA's compiler asks of a GPU.
+
+    From NVIDIA's whitepapers, and the CUDA C++ guide's table of specifications per capability.
+    """
+
+    capability: tuple[int, int]
+    cores: int  # streaming multiprocessors
+    units: int  # of float32, of each
+    clock_ghz: float
+    cache_mib: int  # the second level
+    threads: int = 2048  # of a core, resident
+    shared_kib: int = 228  # of a core; a block may have one less
+
+
+_CUDA = {
+    "A100-40GB": _Cuda((8, 0), 108, 64, 1.41, 40, shared_kib=164),
+    "A100-80GB": _Cuda((8, 0), 108, 64, 1.41, 40, shared_kib=164),
+    "L4": _Cuda((8, 9), 58, 128, 2.04, 48, 1536, 100),
+    "L40S": _Cuda((8, 9), 142, 128, 2.52, 96, 1536, 100),
+    "H100": _Cuda((9, 0), 132, 128, 1.98, 50),
+    "H200": _Cuda((9, 0), 132, 128, 1.98, 50),
+}
+
+
+def compiles_for_gpus() -> bool:
+    """Returns whether JAX's plugin for CUDA is installed; it compiles without a GPU, too."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+
+
+def gpu_target(name: str) -> str:
+    """Returns a GPU of `GPUS` as XLA's compiler is told of it (`GpuTargetConfigProto`)."""
+    gpu, cuda = GPUS[name], _CUDA[name]
+    major, minor = cuda.capability
+    return f"""
+        gpu_device_info {{
+          threads_per_block_limit: 1024 threads_per_warp: 32
+          shared_memory_per_block: {48 * 2**10}
+          shared_memory_per_block_optin: {(cuda.shared_kib - 1) * 2**10}
+          shared_memory_per_core: {cuda.shared_kib * 2**10}
+          threads_per_core_limit: {cuda.threads}
+          core_count: {cuda.cores} fpus_per_core: {cuda.units}
+          block_dim_limit_x: {2**31 - 1} block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          memory_bandwidth: {gpu.bandwidth:.0f} l2_cache_size: {cuda.cache_mib * 2**20}
+          clock_rate_ghz: {cuda.clock_ghz} device_memory_size: {gpu.memory:.0f}
+          cuda_compute_capability {{ major: {major} minor: {minor} }}
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 10 }}
+        runtime_version {{ major: 12 minor: 9 }}
+        device_description_str: "{name}"
+    """
 
 
 def parse(text: str) -> Topology:

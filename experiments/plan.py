@@ -4,7 +4,8 @@
     python -m experiments.plan --config=experiments/configs/images_256.py --topology=gpu:8xH100
 
 The real train step and sampler are compiled ahead of time. For TPUs that needs `libtpu` (the extra
-`plan`), and no TPU; for GPUs as many CPU devices stand in. A large network takes minutes.
+`plan`), and no TPU; for GPUs JAX's plugin for CUDA (the extra `cuda`), and no GPU, or else as many
+CPU devices stand in. A large network takes minutes.
 """
 
 from __future__ import annotations
@@ -160,11 +161,18 @@ def lines(
     if topology.name in chips.TWO_DEVICES_A_CHIP:
         yield "A chip of this kind is two devices: all figures are of half a chip."
     if topology.kind == "gpu":
-        yield (
-            "Compiled for as many CPU devices: temporaries, and what is read and written, are as "
-            "the CPU's compiler\nlays them out, and will differ. Of the memory counts what JAX "
-            "takes (XLA_PYTHON_CLIENT_MEM_FRACTION)."
-        )
+        if found["device_kind"] != "cpu":
+            yield (
+                "Compiled for this GPU, where no kernel could be tried out: what the fastest "
+                "convolutions take for\nthemselves is not in the temporaries."
+            )
+        else:
+            yield (
+                "Compiled for as many CPU devices: temporaries, and what is read and written, are "
+                "as the CPU's compiler\nlays them out, and will differ (the extra cuda compiles "
+                "for GPUs without one)."
+            )
+        yield "Of the memory counts what JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION)."
     yield from ("", "memory of a device")
     yield from memory_lines(found, result)
     for i, stage in enumerate(found["stages"]):
@@ -232,6 +240,8 @@ def _costs(costs: Mapping[str, Any], time: Mapping[str, Any] | None) -> Iterator
     if "bytes" in costs:
         yield _row("read and written", estimate.in_units(costs["bytes"], "B") + at("memory"))
         yield _row("between devices", estimate.in_units(costs["between_devices"], "B"))
+    if "kernels" in costs:
+        yield _row("kernels", f"{costs['kernels']:,}")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import ctypes
 import difflib
 import gc
@@ -70,13 +71,31 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxdiff"
 
 
+_made_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("made_for", default=None)
+
+
+@contextlib.contextmanager
+def made_for(kind: str) -> Iterator[None]:
+    """Has programs made for a platform, cpu, gpu or tpu, other than the one they are made on."""
+    token = _made_for.set(kind)
+    try:
+        yield
+    finally:
+        _made_for.reset(token)
+
+
+def platform() -> str:
+    """Returns what programs are made for: cpu, gpu or tpu."""
+    return _made_for.get() or jax.default_backend()
+
+
 def scans_steps() -> bool:
     """Returns whether several train steps in one dispatch are to be a `lax.scan`.
 
     Not on CPU: there is little to be won, and a loop's program has other last bits, while a run is
     to be the same however its steps are handed out.
     """
-    return jax.default_backend() != "cpu"
+    return platform() != "cpu"
 
 
 def maps_devices(mesh: Mesh) -> bool:
@@ -85,7 +104,7 @@ def maps_devices(mesh: Mesh) -> bool:
     That is `jax.shard_map`, of parameters that are not divided. CPUs are faster so; compilers for
     accelerators find the same program by themselves.
     """
-    return jax.default_backend() == "cpu" and mesh.size > 1 and mesh.shape[sharding.FSDP] == 1
+    return platform() == "cpu" and mesh.size > 1 and mesh.shape[sharding.FSDP] == 1
 
 
 def packs(mesh: Mesh, params: PyTree) -> bool:
@@ -94,7 +113,7 @@ def packs(mesh: Mesh, params: PyTree) -> bool:
     plain = mesh.shape[sharding.FSDP] == 1 and len({leaf.dtype for leaf in leaves}) == 1
     # Larger networks take so long that nothing is won, and a second copy of them is memory.
     small = len(leaves) > 1 and sum(leaf.size for leaf in leaves) <= 2**22
-    return jax.default_backend() == "cpu" and plain and small
+    return platform() == "cpu" and plain and small
 
 
 def parts(shape: Sequence[int], *, training: bool = False) -> int:
@@ -106,7 +125,7 @@ def parts(shape: Sequence[int], *, training: bool = False) -> int:
     batch, *spatial, _ = shape
     share, rest = divmod(batch, jax.device_count())
     pixels = math.prod(spatial)
-    if jax.default_backend() != "cpu" or len(spatial) != 2 or rest or share * pixels < 2**14:
+    if platform() != "cpu" or len(spatial) != 2 or rest or share * pixels < 2**14:
         return 1
     most = 2 ** (13 if training else 12) // pixels
     size = max((n for n in range(1, most + 1) if share % n == 0), default=share)
@@ -247,7 +266,7 @@ def _in_a_cluster() -> bool:
 
 def compiler_options() -> dict[str, str] | None:
     """Returns options that make networks faster on this backend (`experiments/benchmarks.md`)."""
-    if jax.default_backend() != "cpu" or not jaxlib.__version__.startswith("0.10."):
+    if platform() != "cpu" or not jaxlib.__version__.startswith("0.10."):
         return None
     # Convolutions by Eigen, which is faster than YNNPACK; and products of matrices, unless each
     # device has one core.

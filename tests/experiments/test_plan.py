@@ -18,7 +18,7 @@ pytest.importorskip("ml_collections")
 
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import ahead, build, chips, drawing, estimate, plan, runs
+from experiments import ahead, build, chips, drawing, estimate, hlo, plan, runs, runtime
 from experiments.config import default
 from experiments.configs import images_256
 from jaxdiff.training import sharding
@@ -183,7 +183,66 @@ ENTRY %main (a: bf16[4,8], b: f32[16]) -> (bf16[8,8], f32[16]) {
 }
 """
     # The same gather in a fusion, the larger part of one that is started, and one of two arrays.
-    assert ahead.collective_bytes(text) == 2 * 64 + 4 * 32 + (4 * 16 + 5)
+    assert hlo.collective_bytes(text) == 2 * 64 + 4 * 32 + (4 * 16 + 5)
+
+
+def test_the_traffic_of_a_program_for_gpus():
+    text = """HloModule jit_step
+
+%fused.1 (p: bf16[4,8], q: bf16[64,8]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %q = bf16[64,8]{1,0} parameter(1)
+  %few = bf16[4,8]{1,0} slice(%q), slice={[0:4], [0:8]}
+  ROOT %sum = bf16[4,8]{1,0} add(%p, %few)
+}
+
+%body (s: (f32[16], s32[])) -> (f32[16], s32[]) {
+  %s = (f32[16]{0}, s32[]) parameter(0)
+  %x = f32[16]{0} get-tuple-element(%s), index=0
+  %y = f32[16]{0} custom-call(%x, %x), custom_call_target="any"
+  %i = s32[] get-tuple-element(%s), index=1
+  ROOT %t = (f32[16]{0}, s32[]) tuple(%y, %i)
+}
+
+%condition (s: (f32[16], s32[])) -> pred[] {
+  %s.1 = (f32[16]{0}, s32[]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%s.1), index=1
+  ROOT %less = pred[] compare(%i.1, %i.1), direction=LT
+}
+
+%inner (c: f32[16]) -> f32[16] {
+  %c = f32[16]{0} parameter(0)
+  ROOT %copy = f32[16]{0} copy(%c)
+}
+
+ENTRY %main (a: bf16[4,8], b: bf16[64,8], s: (f32[16], s32[])) -> f32[16] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %b = bf16[64,8]{1,0} parameter(1)
+  %s.2 = (f32[16]{0}, s32[]) parameter(2)
+  %f = bf16[4,8]{1,0} fusion(%a, %b), kind=kLoop, calls=%fused.1
+  %start = ((f32[16]{0}), f32[16]{0}) all-reduce-start(%f), channel_id=1, to_apply=%add
+  %done = f32[16]{0} all-reduce-done(%start)
+  %loop = (f32[16]{0}, s32[]) while(%s.2), condition=%condition, body=%body
+  %z = f32[16]{0} get-tuple-element(%loop), index=0
+  ROOT %last = f32[16]{0} call(%z), to_apply=%inner
+}
+"""
+    # A sum of 32 numbers and 32 of 512; one that is started; a copy that is called; ten times more.
+    once = 3 * 64 + (2 * 64 + 64) + 2 * 64
+    assert hlo.traffic(text, passes=10) == (once + 10 * 3 * 64, 3 + 10)
+    assert hlo.traffic(text).bytes == once + 3 * 64
+
+
+def test_programs_are_made_for_devices_that_are_not_there():
+    assert runtime.platform() == "cpu"
+    many = (32 * jax.device_count(), 32, 32, 3)
+    assert runtime.parts(many) > 1
+    assert not runtime.scans_steps()
+    with runtime.made_for("tpu"):
+        assert runtime.parts(many) == 1  # which are for a CPU's caches
+        assert runtime.compiler_options() is None
+        assert runtime.scans_steps()
+    assert runtime.platform() == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -408,7 +467,7 @@ def test_the_command_prints_and_writes_all(monkeypatch, tmp_path, capsys):
 
 
 def test_what_does_not_fit_is_said():
-    found = figures(costs(temporaries=15 * GIB))
+    found = figures(costs(temporaries=15 * GIB), device_kind="cpu")
     topology = chips.parse("gpu:4xL4")  # 18 of its 24 GiB
     result = estimate.assess(tiny(), topology, found)
     printed = list(plan.lines(tiny(), topology, found, result))
@@ -423,6 +482,11 @@ def test_what_does_not_fit_is_said():
     printed = list(plan.lines(tiny(), topology, found, result))
     assert "  the compiler says   Ran out of memory." in printed
     assert "  in all, training    more than there is of 18.0 GiB" in printed
+    found = figures({**costs(), "kernels": 1234}, device_kind="L4")
+    result = estimate.assess(tiny(), topology, found)
+    printed = list(plan.lines(tiny(), topology, found, result))
+    assert "Compiled for this GPU" in printed[2]
+    assert printed.count("  kernels             1,234") == 1
 
 
 def test_the_configuration_for_256_pixels():
@@ -484,3 +548,32 @@ def test_a_tpu_is_planned_for_without_one(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Ran out of memory" in done.stdout
     assert "--config.model.remat=True" in done.stdout
+
+
+@pytest.mark.skipif(not chips.compiles_for_gpus(), reason="JAX's plugin for CUDA is not installed")
+@pytest.mark.slow
+def test_a_gpu_is_planned_for_without_one(tmp_path):
+    path = tmp_path / "plan.json"
+    command = [
+        *(sys.executable, "-m", "experiments.plan", "--topology=gpu:2xL4", f"--json={path}"),
+        *("--config.model.channels=32", "--config.model.channel_multipliers=(1,)"),
+        *("--config.model.num_heads=2", "--config.sample.num=10", "--config.sample.batch_size=10"),
+    ]
+
+    def found(*more):
+        options = "--config.model.dtype=bfloat16", "--config.mesh.fsdp=2", *more
+        done = subprocess.run([*command, *options], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "Compiled for this GPU" in done.stdout
+        return json.loads(path.read_text())["found"]
+
+    plain = found()
+    assert plain["device_kind"] == "L4"
+    train = plain["stages"][0]["train"]
+    assert train["arguments"] == sum(plain["state"].values()) + plain["stages"][0]["batch"]
+    assert train["between_devices"] > 0
+    assert train["kernels"] > 100
+    assert plain["sample"]["kernels"] > 50 * 50  # steps
+    # The weights of attention are never in memory.
+    flash = found("--config.model.flash_attention=True")
+    assert flash["stages"][0]["train"]["kernels"] < train["kernels"]
