@@ -85,11 +85,19 @@ def silu(x: Array) -> Array:
 @silu.defjvp
 def _silu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (dx,) = primals, tangents
-    y, wide = silu(x), x.astype(jnp.float32)
-    share = jax.nn.sigmoid(wide)
-    # In less than float32, on accelerators, to read x alone costs less than to read y, too.
-    slope = share + (y if x.dtype == wide.dtype else share * wide) * (1 - share)
-    return y, dx * slope.astype(x.dtype)
+    y, share = silu(x), jax.nn.sigmoid(x)
+    if x.dtype == jnp.float32:
+        return y, dx * (share + y * (1 - share))
+    # The same of x alone: accelerators, which take less than float32, have y to read less.
+    return y, dx * (share * (1 + x * (1 - share)))
+
+
+def written_once(x: Array) -> Array:
+    """Returns x, which programs for NVIDIA GPUs write once, for all that read it.
+
+    XLA would write some concatenations there for each that reads them, and what follows, too.
+    """
+    return jax.lax.platform_dependent(x, cuda=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def per_example_dropout(x: Array, rate: float, keys: Array | None, salt: int) -> Array:

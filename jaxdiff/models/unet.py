@@ -224,8 +224,7 @@ class UNet(nn.Module):
 
         for level in reversed(range(last + 1)):
             for i in range(self.num_res_blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = jax.lax.optimization_barrier(h)  # written once, for all that read it
+                h = layers.written_once(jnp.concatenate([h, skips.pop()], axis=-1))
                 h = block(h, level, f"up_{level}_block_{i}")
                 if level in self.attention_levels:
                     h = attention(h, level, f"up_{level}_attention_{i}")

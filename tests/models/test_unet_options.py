@@ -164,6 +164,19 @@ def test_flash_attention_is_by_cudnn_where_it_can_and_on_its_devices_alone(monke
     assert "cosine" not in text("cuda", 128, flash=True)
 
 
+def test_concatenations_are_written_once_on_nvidia_gpus_alone():
+    x, t = draw(0, (2, 4, 2)), jnp.array([3, 700])
+    model = UNet(**SMALL)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x, t)
+
+    def count(platform):
+        lowered = jax.jit(model.apply).trace(shapes, x, t).lower(lowering_platforms=(platform,))
+        return lowered.as_text().count("optimization_barrier")
+
+    assert count("cuda") == 4  # two on the way up, of each of two levels
+    assert count("cpu") == count("tpu") == 0
+
+
 def test_each_option_is_heard_and_has_the_parameters_that_it_says():
     x, t = draw(0, (2, 4, 2)), jnp.array([3, 700])
 
