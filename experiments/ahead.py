@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from experiments import build, chips, drawing, hlo, runtime
+from experiments import build, chips, drawing, hlo, packing, runtime
 from experiments.config import default
 from jaxdiff.base import PyTree
 from jaxdiff.training import TrainState, sharding
@@ -80,14 +80,16 @@ def measure(config: ConfigDict, topology: chips.Topology, shape: tuple[int, ...]
         shrunk = (*(side // stage.data.shrink for side in shape[:-1]), shape[-1])
         init, step = build.make_training(stage, shrunk, None, mesh)
         like, batch = jax.eval_shape(init), abstract_batch(stage, shrunk)
-        places = sharding.fully_sharded(mesh, like)
+        pack, _ = packing.for_training(like, mesh)
+        packed = jax.eval_shape(pack, like)
+        places = sharding.fully_sharded(mesh, packed)
         compiled_step = jax.jit(
             step,
             donate_argnums=0,
             out_shardings=(places, sharding.everywhere(mesh)),
             compiler_options=runtime.compiler_options(),
         )
-        state = sharding.placed(like, places)
+        state = sharding.placed(packed, places)
         rows = sharding.placed(batch, sharding.rows(mesh))
         stages.append(
             {
@@ -116,7 +118,7 @@ def measure(config: ConfigDict, topology: chips.Topology, shape: tuple[int, ...]
         found["sample"] = compiled_costs(
             f"the sampler for {where}",
             *samplers(stage, shrunk, mesh),
-            (state.ema, 0),
+            (sharding.placed(like.ema, sharding.fully_sharded(mesh, like.ema)), 0),
             passes=parts * (drawing.make_grid(stage).sigma.shape[0] - 1),
         )
     return found

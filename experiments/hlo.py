@@ -129,16 +129,30 @@ def _computations(text: str) -> tuple[Mapping[str, str], str]:
 
 def _read(body: str, index: int, whole: int) -> int:
     """Returns how many bytes of an argument a fusion reads."""
-    parameter = re.search(rf"%?([\w.-]+) = [^=]*? parameter\({index}\)", body)
+    parameter = re.search(rf"%?([\w.-]+) = ([^=]*?) parameter\({index}\)", body)
     if not parameter:
         return whole
-    used = re.compile(rf"[(, ]%?{re.escape(parameter[1])}[,)]")
-    sliced = 0
-    for line in body.splitlines():
-        _, _, right = line.partition(" = ")
-        if used.search(right):
+    each = whole / max(1, _elements(parameter[2]))
+
+    def read(name: str) -> float:
+        """How many numbers; infinitely many is all."""
+        used, total = re.compile(rf"[(, ]%?{re.escape(name)}[,)]"), 0.0
+        for line in body.splitlines():
+            left, _, right = line.partition(" = ")
             shape, _, operation = right.partition(" ")
-            if not operation.startswith(("slice(", "dynamic-slice(")):
-                return whole
-            sliced += shape_bytes(shape)
-    return min(whole, sliced)
+            if not used.search(right):
+                continue
+            if operation.startswith(("slice(", "dynamic-slice(")):
+                total += _elements(shape)
+            elif operation.startswith(("convert(", "bitcast(")):
+                total += read(left.split("%")[-1].strip())
+            else:
+                return math.inf
+        return total
+
+    return int(min(whole, each * read(parameter[1])))
+
+
+def _elements(shape: str) -> int:
+    found = re.search(r"\[([\d,]*)\]", shape)
+    return math.prod(int(side) for side in found[1].split(",") if side) if found else 0

@@ -2,7 +2,7 @@
 
 Adam, averages and norms are then one operation each, not one an array; gradients are summed among
 devices at once; and a call has few arguments. It pays where a step takes some tens of milliseconds
-on a CPU (`runtime.packs`). What is saved and shown is the state as it was.
+(`runtime.packs`). What is saved and shown is the state as it was.
 """
 
 from __future__ import annotations

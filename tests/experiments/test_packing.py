@@ -99,6 +99,10 @@ def test_what_is_packed_and_mapped_is_chosen_by_the_machine(monkeypatch):
     assert not runtime.packs(one, mixed)
     assert not runtime.packs(one, {"a": small["a"]})  # which is one array as it is
     assert [runtime.maps_devices(mesh) for mesh in (one, eight, divided)] == [False, True, False]
+    huge = small | {"a": jax.ShapeDtypeStruct((2**14, 2**14), jnp.float32)}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert not runtime.packs(one, small)
+    assert [runtime.packs(one, params) for params in (small, large, huge)] == [True, True, False]
+    assert not runtime.packs(divided, small)
     assert not runtime.maps_devices(eight)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert not runtime.packs(one, small)

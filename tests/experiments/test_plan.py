@@ -192,8 +192,10 @@ def test_the_traffic_of_a_program_for_gpus():
 %fused.1 (p: bf16[4,8], q: bf16[64,8]) -> bf16[4,8] {
   %p = bf16[4,8]{1,0} parameter(0)
   %q = bf16[64,8]{1,0} parameter(1)
-  %few = bf16[4,8]{1,0} slice(%q), slice={[0:4], [0:8]}
-  ROOT %sum = bf16[4,8]{1,0} add(%p, %few)
+  %wide = f32[64,8]{1,0} convert(%q)
+  %few = f32[4,8]{1,0} slice(%wide), slice={[0:4], [0:8]}
+  %less = bf16[4,8]{1,0} convert(%few)
+  ROOT %sum = bf16[4,8]{1,0} add(%p, %less)
 }
 
 %body (s: (f32[16], s32[])) -> (f32[16], s32[]) {
