@@ -113,23 +113,28 @@ def test_attention_without_a_normalisation():
 
 def test_flash_attention_is_attention():
     # cuDNN's where there is a GPU, elsewhere the very same program.
-    x, t = draw(0, (2, 16, 2)), jnp.array([3, 700])
-    plain = UNet(**SMALL, dtype=jnp.bfloat16)
-    params = scrambled(plain, x, t)
-    flash = plain.clone(flash_attention=True)
-    assert jax.eval_shape(flash.init, jax.random.key(0), x, t) == jax.eval_shape(
-        plain.init, jax.random.key(0), x, t
-    )
-    mask = {"mask": jnp.asarray(np.arange(16) < np.array([16, 6])[:, None])}
-    for cond in (None, mask):
-        gradients = (
-            jax.grad(lambda p, m=model, c=cond: jnp.mean(jnp.square(m.apply(p, x, t, c))))(params)
-            for model in (flash, plain)
+    x = draw(0, (2, 16, 8)).astype(jnp.bfloat16)
+    plain = AttentionBlock(dtype=jnp.bfloat16)
+    params = scrambled(plain, x)
+    mask = jnp.asarray(np.arange(16) < np.array([16, 6])[:, None])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(flash, params, mask):
+        model = plain.clone(flash=flash)
+        return jax.grad(lambda p: jnp.mean(jnp.square(model.apply(p, x, x_mask=mask))))(params)
+
+    for own in (None, mask):
+        found, expected = (
+            jax.tree.leaves(gradients(flash, params, own)) for flash in (True, False)
         )
-        for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+        for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=0.1, atol=0.02 * np.abs(other).max())
+
+    model, t = UNet(**SMALL, flash_attention=True), jnp.array([3, 700])
+    heard = model.clone(dtype=jnp.bfloat16)
+    jax.eval_shape(heard.init, jax.random.key(0), x, t)
     with pytest.raises(ValueError, match=r"dtype must be bfloat16 or float16 .* got float32"):
-        UNet(**SMALL, flash_attention=True).apply(params, x, t)
+        jax.eval_shape(model.init, jax.random.key(0), x, t)
 
 
 def test_flash_attention_is_by_cudnn_where_it_can_and_on_its_devices_alone(monkeypatch):
