@@ -360,30 +360,28 @@ def attend(
     Raises:
       ValueError: `flash` with another type than float16 or bfloat16.
     """
-    by_xla = jax.nn.dot_product_attention
-    if mask is not None:
-        mask = mask[:, None, None, :]
+    narrow = None if mask is None else mask[:, None, None, :]
+    by_xla = functools.partial(jax.nn.dot_product_attention, mask=narrow)
     if not flash:
-        return by_xla(query, key, value, mask=mask)
-    half = (jnp.bfloat16, jnp.float16)
-    cure = "compute in bfloat16, or leave flash attention off"
+        return by_xla(query, key, value)
     check(
-        query.dtype in half, "dtype", "bfloat16 or float16 for flash attention", query.dtype, cure
+        query.dtype in (jnp.bfloat16, jnp.float16),
+        "dtype",
+        "bfloat16 or float16 for flash attention",
+        query.dtype,
+        "choose one of them, or leave flash attention off",
     )
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
-    by_cudnn = functools.partial(by_xla, implementation="cudnn")
+
+    def by_cudnn(query: Array, key: Array, value: Array) -> Array:
+        shape = (key.shape[0], 1, query.shape[1], key.shape[1])
+        whole = None if narrow is None else jnp.broadcast_to(narrow, shape)
+        return jax.nn.dot_product_attention(query, key, value, mask=whole, implementation="cudnn")
+
     try:
-        jax.eval_shape(by_cudnn, query, key, value, mask=mask)
+        jax.eval_shape(by_cudnn, query, key, value)
     except (RuntimeError, NotImplementedError):  # no cuDNN; or it does not take such heads
-        return by_xla(query, key, value, mask=mask)
-    return jax.lax.platform_dependent(
-        query,
-        key,
-        value,
-        cuda=functools.partial(by_cudnn, mask=mask),
-        default=functools.partial(by_xla, mask=mask),
-    )
+        return by_xla(query, key, value)
+    return jax.lax.platform_dependent(query, key, value, cuda=by_cudnn, default=by_xla)
 
 
 class AttentionBlock(nn.Module):

@@ -163,6 +163,7 @@ def test_flash_attention_is_by_cudnn_where_it_can_and_on_its_devices_alone(monke
     assert "cosine" in text("cuda", 128, mask, flash=True)
     for platform in ("cpu", "tpu"):
         assert "cosine" not in text(platform, 128, flash=True)
+    assert text("cuda", 256, mask, flash=True) == text("cuda", 256, mask)
     assert "cosine" not in text("cuda", 256, flash=True)
     assert "cosine" not in text("cuda", 128)
     no_cudnn = True
